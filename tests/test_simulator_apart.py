@@ -17,7 +17,7 @@ from simulator_cases import linear, requests
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import EnginePool, Handover, replay_case
-from apex_opt.simulator.pack_disaggregated import Apart, most_held
+from apex_opt.simulator.pack.disaggregated import Apart, most_held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,7 +12,7 @@ from simulator_cases import requests
 
 from apex_opt.errors import UsageError
 from apex_opt.simulator.content import BlockContent, number_pieces
-from apex_opt.simulator.pack import number_pieces as compiled
+from apex_opt.simulator.pack.blocks import number_pieces as compiled
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:

@@ -11,7 +11,9 @@ import pytest
 from ranks_cases import assert_same, drafting, random_pool, random_trace, served
 from simulator_cases import moved
 
-from apex_opt.simulator import pack, pack_ranks, run_deployment
+from apex_opt.simulator import run_deployment
+from apex_opt.simulator.pack import memory as packed
+from apex_opt.simulator.pack import ranks
 from apex_opt.simulator.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -106,9 +108,9 @@ def test_deadlines_passed_in_silence_change_nothing(rest_ns: int) -> None:
 def test_messages_that_find_no_room_get_more_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
-    def memory(*given: Any) -> pack_ranks.GroupMemory:
+    def memory(*given: Any) -> ranks.GroupMemory:
         made.append(given[4])
-        return pack_ranks.GroupMemory(*given)
+        return ranks.GroupMemory(*given)
 
     for seed in range(20):
         draw = random.Random(seed)
@@ -116,7 +118,7 @@ def test_messages_that_find_no_room_get_more_and_change_nothing(monkeypatch: pyt
         trace = random_trace(draw, pool.settings.max_model_len)
         roomy = served(pool, trace, "kernel")
         with monkeypatch.context() as patched:
-            patched.setattr(pack, "MESSAGES", 1)
-            patched.setattr(pack, "GroupMemory", memory)
+            patched.setattr(packed, "MESSAGES", 1)
+            patched.setattr(packed, "GroupMemory", memory)
             assert_same(served(pool, trace, "kernel"), roomy)
     assert max(made) > 1

@@ -21,7 +21,8 @@ from simulator_cases import DRAFTING, IMPLEMENTATIONS, Case, Loop, assert_same, 
 from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.routing import Routing
-from apex_opt.simulator import EnginePool, compiled, run_deployment
+from apex_opt.simulator import EnginePool, run_deployment
+from apex_opt.simulator.pack import engines
 from apex_opt.simulator.pools import shares
 from apex_opt.simulator.ranks import Ranks
 from apex_opt.simulator.reference.coordinator import FrontEnd
@@ -383,7 +384,7 @@ def test_the_kernel_equals_the_reference_before_sglang(seeds: range) -> None:
             continue
         pool = EnginePool(settings=run.settings, blocks=run.blocks, laws=run.laws, replicas=2 + seed % 2)
         routing = rules[seed % 4]
-        assert compiled.routes([pool], shares([pool], run.trace, [routing]))
+        assert engines.routes([pool], shares([pool], run.trace, [routing]))
         assert_same(
             *(
                 run_deployment([pool], run.trace, routing=routing, log=True, implementation=implementation)
@@ -402,11 +403,11 @@ def test_the_kernel_has_all_routers_but_for_pull_before_sglang_and_waits_and_tho
     limits = {"max_num_seqs": ONE_SEAT.max_num_seqs, "max_num_batched_tokens": ONE_SEAT.max_num_batched_tokens}
     ranks = replace(pool, ranks=Ranks.bare(2, **limits))
     for routing in ROUTINGS:
-        assert compiled.routes([pool], shares([pool], trace, [routing]))
-        assert compiled.routes([trtllm], shares([trtllm], trace, [routing]))
-        assert compiled.routes([sglang], shares([sglang], trace, [routing])) == (routing != "pull")
+        assert engines.routes([pool], shares([pool], trace, [routing]))
+        assert engines.routes([trtllm], shares([trtllm], trace, [routing]))
+        assert engines.routes([sglang], shares([sglang], trace, [routing])) == (routing != "pull")
         known = routing in ("round_robin", "least_loaded", "vllm_dp", "session")
-        assert compiled.routes([ranks], shares([ranks], trace, [routing])) == known
+        assert engines.routes([ranks], shares([ranks], trace, [routing])) == known
 
 
 def test_sessions_are_those_of_the_trace_where_it_tells_them() -> None:

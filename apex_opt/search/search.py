@@ -418,7 +418,7 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
     problem
     deployments : iterable      that are about to be simulated
     """
-    from apex_opt.simulator.pack import needs_compiling
+    from apex_opt.simulator.pack.engines import needs_compiling
     from apex_opt.simulator.routing import BEFOREHAND
 
     sglang = isinstance(problem.settings.scheduler, SglangScheduling)

@@ -247,14 +247,14 @@ def run_deployment(
         _check_pool(pool, trace if assigned is None else trace.picked(np.flatnonzero(assigned == place)))
     if rescheduling is not None:
         _check_moving(pools, trace, rescheduling)
-    from apex_opt.simulator import compiled
+    from apex_opt.simulator.pack import engines, run
 
-    if rescheduling is not None or implementation == "reference" or not compiled.routes(pools, found):
+    if rescheduling is not None or implementation == "reference" or not engines.routes(pools, found):
         from apex_opt.simulator import reference
 
         asked: dict[str, Any] = {"log": log, "gaps": gaps, "stops": stops, "content": content}
         return reference.run_deployment(pools, trace, found, rescheduling=rescheduling, **asked)
-    return compiled.run(pools, trace, found, log=log, gaps=gaps, stops=stops, floors=floors, content=content)
+    return run.run(pools, trace, found, log=log, gaps=gaps, stops=stops, floors=floors, content=content)
 
 
 def run_disaggregated(
@@ -346,9 +346,9 @@ def run_disaggregated(
 
         first, then = (router_of(share, [prefill, decode], trace, computes=not share.first) for share in before)
         return instances.run(prefill, decode, handover, trace, (first, then), log=log, gaps=gaps, stops=stops)
-    from apex_opt.simulator import pack_disaggregated, pack_pushing
+    from apex_opt.simulator.pack import disaggregated, pushing
 
-    run = pack_pushing.run if pushed else pack_disaggregated.run
+    run = pushing.run if pushed else disaggregated.run
     return run(prefill, decode, handover, trace, before, log=log, gaps=gaps, stops=stops, floors=floors)
 
 
@@ -400,17 +400,17 @@ def run_phases(
     if isinstance(phases, DynamicPhases):
         return shared.serve(pool, trace, lambda mine: dynamic_phases.DynamicReplica(pool, phases, mine))
     if not isinstance(phases, Multiplexing):
-        from apex_opt.simulator import pack_phases
+        from apex_opt.simulator.pack import phases as divided
 
-        if implementation == "kernel" and not log and pack_phases.serves(pool):
-            return pack_phases.run(pool, phases, trace)
+        if implementation == "kernel" and not log and divided.serves(pool):
+            return divided.run(pool, phases, trace)
         return shared.serve(pool, trace, lambda mine: loops.PhasesReplica(pool, phases, mine))
     if not isinstance(settings.scheduler, SglangScheduling) or settings.chunked_prefill:
         raise UsageError("multiplexing goes with the scheduler of sglang and with whole prompts")
     if implementation == "kernel" and not log:
-        from apex_opt.simulator import pack_multiplexing
+        from apex_opt.simulator.pack import multiplexing as multiplexed
 
-        return pack_multiplexing.run(pool, phases, trace)
+        return multiplexed.run(pool, phases, trace)
     return shared.serve(pool, trace, lambda mine: multiplexing.MultiplexingReplica(pool, phases, mine))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I64
 
-# Equal to those of `simulator.phases`; `pack_multiplexing` checks it.
+# Equal to those of `simulator.phases`; `pack.multiplexing` checks it.
 SCALE = 10_000
 SLICED_TOKENS = 65_536
 DIVISOR = 36

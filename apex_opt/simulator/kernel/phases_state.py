@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I64
 
-SCALE = 10_000  # equal to that of `simulator.phases`; `pack_phases` checks it
+SCALE = 10_000  # equal to that of `simulator.phases`; `pack.phases` checks it
 
 # Facts of a replica: settings, then what came of it.
 (

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     F64 = NDArray[np.float64]
 
-# Equal to those of `reference.sglang`; `pack_sglang` checks it.
+# Equal to those of `reference.sglang`; `pack.sglang` checks it.
 CLIP = 4096
 AHEAD = 20
 SORTED_UP_TO = 128

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,7 +12,8 @@ from apex_opt.simulator.kernel import entries
 from apex_opt.simulator.kernel import multiplexing_state as mx
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.outcome import PoolOutcome
-from apex_opt.simulator.pack_sglang import SglangMemory
+from apex_opt.simulator.pack.run import served
+from apex_opt.simulator.pack.sglang import SglangMemory
 from apex_opt.simulator.phases import DECODE_DIVISOR, SCALE, SLICED_TOKENS, PhasedOutcome
 from apex_opt.simulator.pools import shares
 
@@ -35,7 +37,7 @@ def run(pool: EnginePool, rules: Multiplexing, trace: Trace) -> PhasedOutcome:
     # A batch of prompts and a step are under way at once, as two batches are that are formed ahead.
     engines = replace(pool, settings=replace(pool.settings, async_scheduling=True))
     dealt = shares([engines], trace, ["round_robin"])
-    return _Multiplexing(engines, dealt, trace, rules).phased()
+    return served(partial(_Multiplexing, engines, dealt, trace, rules), logged=False).phased()
 
 
 class _Multiplexing(SglangMemory):
@@ -43,12 +45,14 @@ class _Multiplexing(SglangMemory):
 
     Parameters
     ----------
-    pool, dealt, trace
+    pool, dealt, trace, more : as of `Memory`
     rules : Multiplexing
     """
 
-    def __init__(self, pool: EnginePool, dealt: Sequence[Share], trace: Trace, rules: Multiplexing) -> None:
-        super().__init__([pool], trace, dealt, (), None, None, content=None, nodes=1)
+    def __init__(
+        self, pool: EnginePool, dealt: Sequence[Share], trace: Trace, rules: Multiplexing, **more: Any
+    ) -> None:
+        super().__init__([pool], trace, dealt, (), None, content=None, **more)
         generated = trace.generated(pool.settings.max_model_len)
         starts = np.append(0, np.cumsum(generated - 1))
         self._gaps_ns = np.zeros(int(starts[-1]) + 1, np.int64)
@@ -58,6 +62,9 @@ class _Multiplexing(SglangMemory):
         self._tokens = np.zeros((mx.TOKENS_SIZE, len(trace)), np.int64)
         self._tokens[mx.GAPS_AT] = starts[:-1]
         self._paces = np.array(rules.together, np.int64).reshape(-1)
+
+    def serve(self) -> None:
+        """Run the kernel."""
         (share,) = self._shares
         self._deal(share)
         for replica in range(share.first, share.last):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from apex_opt.simulator.routing import Number
     from apex_opt.workload.trace import Trace
 
-RULES: Final[dict[Routing, int]] = {
+ROUTERS: Final[dict[Routing, int]] = {
     "power_of_two": rt.POWER_OF_TWO,
     "cache_aware": rt.CACHE_AWARE,
     "dynamo": rt.DYNAMO,
@@ -47,7 +47,7 @@ def router_memory(
     UsageError    the trace's content pieces are not whole engine blocks
     """
     dealt = rt.IN_TURN if share.places is None else rt.DEALT
-    rule = {**RULES, "least_loaded": rt.LEAST_LOADED}[share.routing] if share.routed else dealt
+    rule = {**ROUTERS, "least_loaded": rt.LEAST_LOADED}[share.routing] if share.routed else dealt
     known = prefixes(share.routing, trace, settings.block_size, settings.max_model_len, number)
     own, count = RouterSettings(), share.last - share.first
     registers = np.zeros(rt.ROUTER_SIZE, np.int64)

@@ -11,7 +11,8 @@ from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.simulator.kernel import sglang_state as sg
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.law import never_admitted
-from apex_opt.simulator.pack import Memory, number_pieces
+from apex_opt.simulator.pack.blocks import allot, number_pieces
+from apex_opt.simulator.pack.memory import Memory
 from apex_opt.simulator.reference import sglang as rules
 from apex_opt.simulator.tokens import TokenContent
 
@@ -49,9 +50,9 @@ class SglangMemory(Memory):
     others : as of `Memory`
     """
 
-    def __init__(self, *given: Any, content: TokenContent | None, nodes: int) -> None:
-        self._told, self._much = content, nodes
-        super().__init__(*given)
+    def __init__(self, *given: Any, content: TokenContent | None, spare: int = 1, **more: Any) -> None:
+        self._told, self._spare = content, spare
+        super().__init__(*given, **more, spare=spare)
 
     def _scratch(self) -> I64:
         self._requests[sg.STATED] = self._trace.stated(self._pools[0].settings.max_model_len)
@@ -119,13 +120,11 @@ class SglangMemory(Memory):
         ends = dict.fromkeys((sg.G_NODE_AT, sg.G_HASH_AT, sg.G_HEAP_AT), 0)
         for pool, place, lanes in zip(self._pools, self._places, self._lanes, strict=True):
             turn = 2 * sg.SORTED_UP_TO + 4 * min(pool.settings.max_num_seqs, len(self._trace))
-            nodes = turn + self._much * min(pool.blocks, 4 * len(self._trace), _USUAL_NODES) + 1
+            nodes = turn + self._spare * min(pool.blocks, 4 * len(self._trace), _USUAL_NODES) + 1
             table = 1 << (2 * nodes).bit_length()
-            own, lane = self._own[place], np.arange(place.stop - place.start) % lanes
+            own = self._own[place]
             own[:, [sg.G_NODES_A_TURN, sg.G_MOST_NODES, sg.G_HASH_MASK]] = turn, nodes, table - 1
-            for column, size in {sg.G_NODE_AT: nodes, sg.G_HASH_AT: table, sg.G_HEAP_AT: 2 * nodes}.items():
-                own[:, column] = ends[column] + size * lane
-                ends[column] += size * lanes
+            allot(own, lanes, ends, {sg.G_NODE_AT: nodes, sg.G_HASH_AT: table, sg.G_HEAP_AT: 2 * nodes})
         return sg.Tree(
             piece_tokens=found.piece_tokens,
             pieces=np.ascontiguousarray(found.pieces, np.int64).copy(),

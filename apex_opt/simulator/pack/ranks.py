@@ -1,4 +1,4 @@
-"""Memory of data-parallel ranks for the kernel, and what is read from it: see `pack`."""
+"""Memory of data-parallel ranks for the kernel, and what is read from it: see `pack.memory`."""
 
 from __future__ import annotations
 

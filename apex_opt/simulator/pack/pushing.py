@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,9 +12,10 @@ from apex_opt.simulator.gaps import gaps_ns
 from apex_opt.simulator.kernel import entries
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.kernel.sglang_state import STATED
-from apex_opt.simulator.pack import served, tokens_of
-from apex_opt.simulator.pack_disaggregated import Instances, behind, places_of
-from apex_opt.simulator.pack_sglang import SglangMemory
+from apex_opt.simulator.pack.disaggregated import Instances, behind, places_of
+from apex_opt.simulator.pack.log import tokens_of
+from apex_opt.simulator.pack.run import served
+from apex_opt.simulator.pack.sglang import SglangMemory
 from apex_opt.simulator.reference.pushing import FEW_SEATS
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from apex_opt.figures.stops import Stop
     from apex_opt.simulator.handover import Handover
     from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
-    from apex_opt.simulator.pack import Room
+    from apex_opt.simulator.pack.memory import Room
     from apex_opt.simulator.pools import EnginePool, Share
     from apex_opt.workload.trace import Trace
 
@@ -55,13 +56,8 @@ def run(
     stops, floors : limits whose passing ends the run, and times that no request can beat
     """
     limits = stops, None if floors is None else behind(floors)
-    nodes = 1
-    while True:
-        build = partial(_Pushing, prefill, decode, handover, trace, sides, limits, nodes)
-        memory = served(build, logged=log or gaps)
-        if not memory.crowded:
-            return memory.outcome(log=log, gaps=gaps)
-        nodes *= 4
+    build = partial(_Pushing, prefill, decode, handover, trace, sides, limits)
+    return served(build, logged=log or gaps).outcome(log=log, gaps=gaps)
 
 
 class _Pushing(Instances, SglangMemory):
@@ -69,8 +65,7 @@ class _Pushing(Instances, SglangMemory):
 
     Parameters
     ----------
-    prefill, decode, handover, trace, sides, limits, room : as of `pack_disaggregated.Together`
-    nodes : int    as of `SglangMemory`
+    prefill, decode, handover, trace, sides, limits, room, more : as of `pack.disaggregated.Together`
     """
 
     def __init__(
@@ -81,11 +76,11 @@ class _Pushing(Instances, SglangMemory):
         trace: Trace,
         sides: tuple[Share, Share],
         limits: tuple[Sequence[Stop], Outcome | None],
-        nodes: int,
         room: Room | None,
+        **more: Any,
     ) -> None:
         beside = [share._replace(routed=True) for share in sides]  # as they advance together
-        super().__init__(prefill, decode, handover, trace, limits, room, beside, content=None, nodes=nodes)
+        super().__init__(prefill, decode, handover, trace, limits, room, beside, content=None, **more)
         self._links.facts[[kn.RESERVED, kn.FEW_SEATS]] = RESERVED, FEW_SEATS
         instances = self._links.instances.reshape(-1, kn.INSTANCE_SIZE)
         instances[:, [kn.FRESH, kn.FIRST_WAITING, kn.LAST_WAITING]] = kn.NONE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +12,11 @@ from apex_opt.simulator.handover import prompts_only
 from apex_opt.simulator.kernel import entries
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
-from apex_opt.simulator.pack import Memory, engine_of, number_pieces, served
-from apex_opt.simulator.pack_router import router_memory
+from apex_opt.simulator.pack.blocks import number_pieces
+from apex_opt.simulator.pack.engines import engine_of
+from apex_opt.simulator.pack.memory import Memory
+from apex_opt.simulator.pack.router import router_memory
+from apex_opt.simulator.pack.run import served
 from apex_opt.simulator.pools import Share
 from apex_opt.units import ceil_div
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from apex_opt.figures.stops import Stop
     from apex_opt.simulator.handover import Handover
-    from apex_opt.simulator.pack import Room
+    from apex_opt.simulator.pack.memory import Room
     from apex_opt.simulator.pools import EnginePool
     from apex_opt.workload.trace import Trace
 
@@ -56,10 +59,10 @@ def run(
     limits = stops, None if floors is None else behind(floors)
     given = prefill, decode, handover, trace, sides, limits
     if Apart.takes(prefill, decode, trace, sides):
-        apart = served(lambda room: Apart(*given, room), logged=log or gaps)
+        apart = served(partial(Apart, *given), logged=log or gaps)
         if apart.never_full():
             return apart.outcome(log=log, gaps=gaps)
-    together = served(lambda room: Together(*given, room), logged=log or gaps)
+    together = served(partial(Together, *given), logged=log or gaps)
     return together.outcome(log=log, gaps=gaps)
 
 
@@ -189,12 +192,13 @@ class Together(Instances):
         sides: tuple[Share, Share],
         limits: tuple[Sequence[Stop], Outcome | None],
         room: Room | None,
+        **more: Any,
     ) -> None:
         n = len(trace)
         closed = trace.concurrency is not None
         in_turn = not closed and all(share.places is None and not share.routed for share in sides)
         holding = [ceil_div(n, pool.replicas) if in_turn else n for pool in (prefill, decode)]
-        super().__init__(prefill, decode, handover, trace, limits, room, holding=holding)
+        super().__init__(prefill, decode, handover, trace, limits, room, holding=holding, **more)
         self._routers: kn.Routers | None = None
         if in_turn:
             self._deal(Share(0, min(prefill.replicas, n), np.arange(n), None, "round_robin", routed=False))
@@ -236,10 +240,11 @@ class Apart(Instances):
         sides: tuple[Share, Share],
         limits: tuple[Sequence[Stop], Outcome | None],
         room: Room | None,
+        **more: Any,
     ) -> None:
         self._sides = sides
         beside = sides[1]._replace(routed=True)  # as decode instances advance together
-        super().__init__(prefill, decode, handover, trace, limits, room, [sides[0], beside])
+        super().__init__(prefill, decode, handover, trace, limits, room, [sides[0], beside], **more)
 
     @staticmethod
     def takes(prefill: EnginePool, decode: EnginePool, trace: Trace, sides: tuple[Share, Share]) -> bool:
