@@ -1,4 +1,4 @@
-"""The exact batching simulator: `reference` specifies, `kernel` computes, `pack.py` is the door between.
+"""The exact batching simulator: `reference` specifies, `kernel` computes, `pack` is the door between.
 
 `recorded` serves what was recorded from engines.
 """

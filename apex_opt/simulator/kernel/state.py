@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 NEVER = 1 << 62
 NONE = -1
 EVICTED = -2
-RATE_BITS = 20  # equals law.RATE_BITS; pack.py checks it
+RATE_BITS = 20  # equals law.RATE_BITS; `pack.memory` checks it
 
 VLLM, ORCA, STATIC = range(3)  # whose rules a scheduler goes by
 ERROR_STUCK = 1  # a turn with work that scheduled nothing: a request larger than the pool slipped through
