@@ -258,3 +258,8 @@ def draft_ffn_side(instance: Instance, drafter: Drafter | None, tp: int, ep: int
     form = draft.weight_format or name
     layers = Counter(draft_blocks(instance, drafter)).items()
     return sum(count * ffn_side(instance, block, tp, ep, form, touched=False) for block, count in layers)
+
+
+def stages_of(instance: Instance) -> range:
+    """Numbers of stages that there can be."""
+    return range(1, min(instance.max_devices, instance.model.layers) + 1)
