@@ -9,8 +9,8 @@ import numpy as np
 
 from apex_opt.cluster import load_cluster
 from apex_opt.profiles import Profile, load_profile
+from apex_opt.profiles.card import read_card
 from apex_opt.profiles.laws import Source
-from apex_opt.profiles.schema import read_card
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:

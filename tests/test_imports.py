@@ -217,7 +217,7 @@ OWN_FILES = {
     "apex_opt.report.layout": "the terminal",
     "apex_opt.profiles.folder": "a folder just made",
     "apex_opt.launch.saved": "a folder just made",
-    "apex_opt.profiles.schema": "a table of a folder just made",
+    "apex_opt.profiles.tables": "a table of a folder just made",
     "apex_opt.profiles.collect.torch_group": "a temporary folder",
 }
 OPENING = {

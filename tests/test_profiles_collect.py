@@ -21,11 +21,13 @@ from hypothesis import strategies as st
 from apex_opt.cluster import list_gpus, load_cluster
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.profiles import load_profile
+from apex_opt.profiles.card import read_card
 from apex_opt.profiles.collect import OPS, asked_ops, collect, recognised, torch_machine
 from apex_opt.profiles.collect.points import Point, points
 from apex_opt.profiles.collect.timing import LEAST_CALLS, CallError, Effort, Result, measure
 from apex_opt.profiles.collect.torch_group import replays
-from apex_opt.profiles.schema import read_card, read_table, schema_of
+from apex_opt.profiles.schema import schema_of
+from apex_opt.profiles.tables import read_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from measured_package import write_package
 
 from apex_opt.errors import InputError, UnknownNameError
+from apex_opt.profiles.card import read_card
 from apex_opt.profiles.distill.command import default_target, distill
 from apex_opt.profiles.distill.curves import Curves, group
 from apex_opt.profiles.distill.screen import screen, take
 from apex_opt.profiles.distill.thin import TOLERANCE, lookup_error, needed
-from apex_opt.profiles.schema import GEMM, MEMORY, SCHEMAS, read_card, read_table
+from apex_opt.profiles.schema import GEMM, MEMORY, SCHEMAS
 from apex_opt.profiles.sources.aiconfigurator import listed_gpu
+from apex_opt.profiles.tables import read_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

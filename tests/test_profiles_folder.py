@@ -11,8 +11,10 @@ import pytest
 from apex_opt.cluster import load_cluster
 from apex_opt.errors import InputError
 from apex_opt.profiles import folder as module
+from apex_opt.profiles.card import read_card
 from apex_opt.profiles.folder import Table, TableReport, lookup_text, write_folder
-from apex_opt.profiles.schema import COLLECTIVE, GEMM, PEAK_DTYPES, in_bounds, read_card, read_table
+from apex_opt.profiles.schema import COLLECTIVE, GEMM, PEAK_DTYPES
+from apex_opt.profiles.tables import in_bounds, read_table
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,8 +15,10 @@ import pytest
 from apex_opt.cluster import load_cluster
 from apex_opt.errors import InputError, UnknownNameError
 from apex_opt.profiles import load_profile
+from apex_opt.profiles.card import read_card
 from apex_opt.profiles.importers import import_profile
-from apex_opt.profiles.schema import read_card, read_table, schema_of
+from apex_opt.profiles.schema import schema_of
+from apex_opt.profiles.tables import read_table
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,7 +13,7 @@ from measured_package import all_reduce_rows, attention_rows, gemm_rows, moe_row
 from apex_opt.cluster import load_cluster
 from apex_opt.errors import InputError, UnknownNameError
 from apex_opt.profiles import check_profiles, laws, load_profile, operations
-from apex_opt.profiles.schema import SCHEMAS, read_table, write_table
+from apex_opt.profiles.schema import SCHEMAS
 from apex_opt.profiles.sources import aiconfigurator
 from apex_opt.profiles.sources.aiconfigurator import (
     CATALOGUE,
@@ -24,6 +24,7 @@ from apex_opt.profiles.sources.aiconfigurator import (
     listed_gpu,
     raw_tables,
 )
+from apex_opt.profiles.tables import read_table, write_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from apex_opt.profiles.card import Card
 from apex_opt.profiles.folder import TableReport
 from apex_opt.profiles.inventory import Holding
-from apex_opt.profiles.schema import Card
 from apex_opt.report.profile_tables import profile_page
 from apex_opt.report.profiles import inventory_document, tables_document
 from apex_opt.schema import to_plain

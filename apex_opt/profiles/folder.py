@@ -12,7 +12,8 @@ from apex_opt.cluster.toml_reader import LARGEST_BYTES
 from apex_opt.errors import InputError
 from apex_opt.files import read_text
 from apex_opt.outputs import fresh_folder
-from apex_opt.profiles.schema import PEAK_DTYPES, schema_of, write_table
+from apex_opt.profiles.schema import PEAK_DTYPES, schema_of
+from apex_opt.profiles.tables import write_table
 from apex_opt.units import GB, TERA
 
 if TYPE_CHECKING:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from apex_opt.cluster import load_cluster
 from apex_opt.errors import ApexError, InputError, UnknownNameError
-from apex_opt.profiles.schema import read_card, read_table, schema_of
+from apex_opt.profiles.card import read_card
+from apex_opt.profiles.schema import schema_of
+from apex_opt.profiles.tables import read_table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from apex_opt.profiles.schema import Card
+    from apex_opt.profiles.card import Card
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from apex_opt.errors import InputError
 from apex_opt.ir.formats import KV_BYTES
+from apex_opt.profiles.card import Card, read_card
 from apex_opt.profiles.physics import (
     Arithmetic,
     causal_pairs,
@@ -24,9 +25,10 @@ from apex_opt.profiles.physics import (
     recurrence_work,
     sparse_work,
 )
-from apex_opt.profiles.schema import Card, read_card, read_table, schema_of
+from apex_opt.profiles.schema import schema_of
 from apex_opt.profiles.sources.aiconfigurator import PACKAGE, distilled_from, full_tables
 from apex_opt.profiles.surface import Surface, build_surface
+from apex_opt.profiles.tables import read_table
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:

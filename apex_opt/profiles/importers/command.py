@@ -14,7 +14,8 @@ from apex_opt.profiles.folder import Table, Written, write_folder
 from apex_opt.profiles.importers.apex import read_apex
 from apex_opt.profiles.importers.foreign import csv_files
 from apex_opt.profiles.importers.vidur import read_vidur
-from apex_opt.profiles.schema import SCHEMAS, in_bounds, schema_of
+from apex_opt.profiles.schema import SCHEMAS, schema_of
+from apex_opt.profiles.tables import in_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -29,7 +29,8 @@ from apex_opt.cluster.catalogue import load_cluster
 from apex_opt.errors import InputError, UnknownNameError
 from apex_opt.files import read_bytes
 from apex_opt.profiles.distill.curves import group
-from apex_opt.profiles.schema import LARGEST_BYTES, schema_of
+from apex_opt.profiles.schema import schema_of
+from apex_opt.profiles.tables import LARGEST_BYTES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
