@@ -14,7 +14,8 @@ from apex_opt.cluster import Tree, load_wiring
 from apex_opt.placement import Shape, layout_of, rank_order
 from apex_opt.placement.assignment import arranged
 from apex_opt.planned import resolve_place
-from apex_opt.report.placement import Found, Loss, Site, labels, place_document, place_page, refused_document
+from apex_opt.report.placement import Found, Loss, Site, labels, place_document, refused_document
+from apex_opt.report.placement_tables import place_page
 from apex_opt.schema import to_plain
 from apex_opt.search.facts import Facts
 from formulations.placement import move, place_plan

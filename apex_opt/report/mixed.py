@@ -10,7 +10,8 @@ from rich.text import Text
 from apex_opt.report.expected import expected_table
 from apex_opt.report.launch import launch_section
 from apex_opt.report.layout import aim, amount, count, kilojoules, notes_lines, page, provenance_table, seconds, table
-from apex_opt.report.placement import replicas_document, where_table
+from apex_opt.report.placement import replicas_document
+from apex_opt.report.placement_tables import where_table
 from apex_opt.report.robust import robust_section
 from apex_opt.report.tables import (
     beside_table,

@@ -432,7 +432,7 @@ class StudyAnswer(types.Document):
 class Site(types.Document):
     """A plan to be placed, and why it cannot be where it cannot."""
 
-    PAGE: ClassVar[str] = "apex_opt.report.placement:place_page"
+    PAGE: ClassVar[str] = "apex_opt.report.placement_tables:place_page"
     ROWS: ClassVar[str] = "devices"
 
     command: str

@@ -74,7 +74,7 @@ def _answer(console: Console, document: Document) -> None:
         if "beside" in document:
             beside_table(console, document)
         if "placement" in document:
-            from apex_opt.report.placement import placement_section
+            from apex_opt.report.placement_tables import placement_section
 
             placement_section(console, document["placement"])
         best_tables(console, best)
