@@ -243,7 +243,7 @@ def test_pruned_layers_have_fewer_heads_narrower_ffns_a_matrix_or_nothing() -> N
         (PRUNED, {"block_configs": None}, "block_configs is missing"),
         (
             PRUNED,
-            {"block_configs": [{"attention": {"window_length": 128}, "ffn": {"no_op": True}}] * 3},
+            {"block_configs": [{"attention": {"no_op": True, "window_length": 128}, "ffn": {"no_op": True}}] * 3},
             r"block_configs\[0\].attention.window_length is not understood",
         ),
         (

@@ -53,7 +53,8 @@ SMALL: dict[str, Any] = {
     "shared_expert_intermediate_size": 16,
 }
 LAGUNA = SMALL | {"model_type": "laguna", "architectures": ["LagunaForCausalLM"], "sliding_window": 32}
-GRANITE = SMALL | {"model_type": "granite_swa", "architectures": ["GraniteSWAForCausalLM"], "sliding_window": 32}
+DENSE = {key: value for key, value in SMALL.items() if "expert" not in key and not key.startswith("moe_")}
+GRANITE = DENSE | {"model_type": "granite_swa", "architectures": ["GraniteSWAForCausalLM"], "sliding_window": 32}
 
 
 def read(config: dict[str, Any], **changes: Any) -> Model:
@@ -180,8 +181,7 @@ def test_step_3_compresses_queries_and_keeps_one_head() -> None:
 
 
 def test_lfm3_gates_its_attention_and_has_norms_behind_its_cells() -> None:
-    config = SMALL | {"model_type": "lfm3", "architectures": ["Lfm3ForCausalLM"], "sliding_window": 32}
-    config = {key: value for key, value in config.items() if key != "num_experts"}
+    config = DENSE | {"model_type": "lfm3", "architectures": ["Lfm3ForCausalLM"], "sliding_window": 32}
     kinds = ["conv", "full_attention", "sliding_attention", "conv"]
     found = blocks(read(config, layer_types=kinds))
     assert [block.norm_count for block in found] == [4] * 4

@@ -341,7 +341,7 @@ def test_a_model_that_lies_within_another_file_relies_on_the_defaults_of_its_cla
         model_from_config({"model_type": "llama"}, "x", "x")
     for name, expected in (("mistral", 8), ("qwen2", 32), ("llama", 64)):
         config = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
-        config |= {"model_type": name, "architectures": ["XForCausalLM"], "num_attention_heads": 64}
+        config |= {"model_type": name, "architectures": None, "num_attention_heads": 64}
         assert model_from_config(config, "x", "x").runs[0].block.attention.kv_heads == expected
         config["num_key_value_heads"] = None
         assert model_from_config(config, "x", "x").runs[0].block.attention.kv_heads == 64

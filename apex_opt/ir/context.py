@@ -34,14 +34,14 @@ def context_limit(fields: Fields) -> int:
     Scaling of the rotary positions multiplies the length by its factor, for yarn that from before the scaling. Where
     layers scale differently, the last of them tells.
     """
-    length = fields.count(next((key for key in LENGTHS if fields.values.get(key) is not None), LENGTHS[0]))
+    length = fields.count(next((key for key in LENGTHS if fields.get(key) is not None), LENGTHS[0]))
     for key in LENGTHS:
         length = min(length, fields.count(key, default=length))
     if not length:
         return 0
     if _SCALED in fields.text("model_type"):
         return length
-    key = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
+    key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     scaling = fields.section(key)
     kinds: Mapping[str, Any] = scaling.values if scaling is not None else {}
     nested = kinds and all(isinstance(kind, dict) for kind in kinds.values())

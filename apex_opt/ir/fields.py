@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.ir.checks import MAX_COUNT, count_fault, shown
@@ -17,24 +17,54 @@ _LONGEST_NAME: Final = 100
 """Characters of a field's name that a message quotes as it is."""
 
 
+def printed(key: str) -> str:
+    """The name of a field on one line, whatever the file calls it."""
+    return key if key.isprintable() and len(key) <= _LONGEST_NAME else shown(key)
+
+
 @dataclass(slots=True)
 class Fields:
-    """One JSON object and the faults found in it so far; a faulty number reads as 0 so that reading can go on."""
+    """One JSON object and the faults found in it so far; a faulty number reads as 0 so that reading can go on.
+
+    Parameters
+    ----------
+    values : mapping        what the object holds
+    prefix : str            of names in messages
+    faults : list of str    found so far, in this object and in those around it
+    own_names : mapping     what the file calls a field, by the name that it is asked for
+    asked : set of str      names, with their prefix, of the fields that were asked for
+    """
 
     values: Mapping[str, Any]
     prefix: str = ""
     faults: list[str] = field(default_factory=list)
     own_names: Mapping[str, str] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """What the object holds for a field, unchecked."""
+        self.asked.update((self.name(key), self.prefix + key))
+        return self.values.get(key, default)
+
+    def idle(self, *keys: str) -> None:
+        """Tell that fields change nothing of what is counted here, whatever they hold."""
+        for key in keys:
+            self.get(key)
+
+    def states(self, key: str) -> bool:
+        """Whether the object has a field, be it null."""
+        self.get(key)
+        return key in self.values
 
     def spelled(self, own_names: Mapping[str, str]) -> Fields:
         """The same fields by their usual names, of which the file has other ones for some."""
         usual = {name: self.values[own] for name, own in own_names.items() if own in self.values}
         called = {name: own for name, own in own_names.items() if name in usual or name not in self.values}
-        return Fields({**self.values, **usual}, self.prefix, self.faults, {**self.own_names, **called})
+        return replace(self, values={**self.values, **usual}, own_names={**self.own_names, **called})
 
     def replaced(self, values: Mapping[str, Any]) -> Fields:
         """The same fields with these in place of what the file says."""
-        return Fields({**self.values, **values}, self.prefix, self.faults, self.own_names)
+        return replace(self, values={**self.values, **values})
 
     def filled(self, values: Mapping[str, Any]) -> Fields:
         """The same fields with these in place of those that the file leaves out."""
@@ -47,14 +77,13 @@ class Fields:
             return self
         left_out = [key for key in keys if self.values.get(key) is None]
         same = {key: self.values[own] for key in left_out}
-        return Fields(
-            {**self.values, **same}, self.prefix, self.faults, {**self.own_names, **dict.fromkeys(left_out, own)}
+        return replace(
+            self, values={**self.values, **same}, own_names={**self.own_names, **dict.fromkeys(left_out, own)}
         )
 
     def name(self, key: str) -> str:
-        """Where a field stands, on one line whatever the file calls it."""
-        key = self.own_names.get(key, key)
-        return self.prefix + (key if key.isprintable() and len(key) <= _LONGEST_NAME else shown(key))
+        """Where a field stands."""
+        return self.prefix + printed(self.own_names.get(key, key))
 
     def fault(self, key: str, text: str) -> None:
         self.faults.append(f"{self.name(key)} {text}")
@@ -69,7 +98,7 @@ class Fields:
         minimum : int            least that is allowed
         maximum : int            most that is allowed
         """
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             if default is None:
                 self.fault(key, MISSING)
@@ -81,7 +110,7 @@ class Fields:
         return int(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.values.get(key)
+        value = self.get(key)
         if value is None:
             return default
         if not isinstance(value, bool):
@@ -90,7 +119,7 @@ class Fields:
         return value
 
     def text(self, key: str) -> str:
-        value = self.values.get(key)
+        value = self.get(key)
         if value is not None and not isinstance(value, str):
             self.fault(key, f"must be text, not {shown(value)}")
             return ""
@@ -98,15 +127,15 @@ class Fields:
 
     def section(self, key: str) -> Fields | None:
         """An object inside this one, sharing its list of faults; None where absent or no object."""
-        value = self.values.get(key)
+        value = self.get(key)
         if isinstance(value, dict):
-            return Fields(value, f"{self.name(key)}.", self.faults)
+            return Fields(value, f"{self.name(key)}.", self.faults, asked=self.asked)
         if value is not None:
             self.fault(key, f"must be an object, not {shown(value)}")
         return None
 
     def rows(self, key: str) -> list[Any] | None:
-        value = self.values.get(key)
+        value = self.get(key)
         if value is not None and not isinstance(value, list):
             self.fault(key, f"must be a list, not {shown(value)}")
             return None

@@ -25,6 +25,7 @@ from apex_opt.ir.model import MAX_LAYERS, Block, Model, Run
 from apex_opt.ir.patterns import PatternError
 from apex_opt.ir.per_layer import read_layers
 from apex_opt.ir.quantisation import QUANTISATION_KEYS, Quantisation, read_quantisation
+from apex_opt.ir.understood import BESIDE, refuse_unknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -57,12 +58,17 @@ _DRAFT_KEYS: Final = (
 
 _TEXT: Final = ("text_config", "llm_config", "language_config")
 """Objects in which files have the decoder: of `transformers`; of InternVL, Ovis and NVLM; of DeepSeek-VL2."""
-_BESIDE: Final = re.compile(
-    r"vision|visual|vit|image|audio|sound|speech|talker|token2wav|code2wav|tts|mm_tower", re.IGNORECASE
-)
-"""Names of objects that have towers, or what speaks, beside a decoder."""
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 """What files call the number of routed experts: which of these depends on the family and on what saved the file."""
+
+_CLASSES: Final = frozenset(
+    name.replace("_", "").lower()
+    for name in (
+        *(family.architecture for family in FAMILIES.values()),
+        *("Step3p7FlashForCausalLM", "MiniMaxM3VLForCausalLM"),
+    )
+)
+"""Classes of the families, as `_spelled_alike` has them."""
 
 _REAL_SIZES: Final = {"hidden_size": 2048, "vocab_size": 30_000}
 """Sizes from which a model of one layer is a draft head under the name of its model, as those of EAGLE are."""
@@ -147,14 +153,15 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     if wrapped:
         source += f" ({wrapped})"
     family = _family(fields, bool(wrapped), source)
+    stated = fields.values
     fields = fields.alike(_EXPERTS)
     if wrapped:
         # Of a configuration within another one, only what differs from the defaults of its class is written.
-        fields = Fields({**family.defaults, **fields.values})
-
+        fields = fields.replaced({**family.defaults, **fields.values})
+    fields.idle(*family.idle)
     fields = fields.spelled(family.spelled).filled(family.implied)
 
-    listed = (fields.values.get(key) for key in family.layer_lists)
+    listed = (fields.get(key) for key in family.layer_lists)
     entries = next((len(rows) for rows in listed if rows and isinstance(rows, list | str)), None)
     size = Sizes(
         hidden=fields.count("hidden_size"),
@@ -167,6 +174,9 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     dtype = _dtype(fields)
     quantisation = read_quantisation(fields)
     mtp_layers = _mtp_layers(fields)
+    if not fields.faults:  # a reader that met one has not asked for all
+        fields.idle(*_repeated(fields, stated))
+        refuse_unknown(fields, stated)
     if fields.faults:
         raise join_faults(source, list(dict.fromkeys(fields.faults)))
 
@@ -208,6 +218,12 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     return model
 
 
+def _repeated(fields: Fields, stated: Mapping[str, Any]) -> list[str]:
+    """Other names under which a file states the same number of experts as under the one that is read."""
+    told = [stated[key] for key in _EXPERTS if key in fields.asked and key in stated]
+    return [key for key in _EXPERTS if key in stated and stated[key] in told]
+
+
 def _check_size(model: Model, fields: Fields, source: str) -> None:
     """Refuse a model too large to be real, with the largest number that its file states."""
     tower = model.tower
@@ -243,7 +259,7 @@ def _unread(config: Mapping[str, Any], family: Family, tower: Tower | None) -> t
     found = []
     for key, value in config.items():
         known = tower is not None and key == "vision_config"
-        if known or not isinstance(value, dict) or not value or not _BESIDE.search(key):
+        if known or not isinstance(value, dict) or not value or not BESIDE.search(key):
             continue
         kind = value.get("model_type")
         found.append(f"{key} ({kind:.40})" if isinstance(kind, str) and kind else key)
@@ -253,7 +269,7 @@ def _unread(config: Mapping[str, Any], family: Family, tower: Tower | None) -> t
 def _mtp_layers(fields: Fields) -> int:
     """Layers of multi-token prediction in the checkpoint: see `_MTP_LAYERS`; 0 where the file states none."""
     stated = [fields.count(key, default=0, minimum=0, maximum=MAX_LAYERS) for key in _MTP_LAYERS]
-    return 1 if fields.values.get("model_type") in _MTP_UNSTATED else next(filter(None, stated), 0)
+    return 1 if fields.get("model_type") in _MTP_UNSTATED else next(filter(None, stated), 0)
 
 
 def _stored(quantisation: Quantisation, family: Family, layer: int, block: Block) -> tuple[Held | None, ...]:
@@ -340,8 +356,8 @@ def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, str]:
 
 def _family(fields: Fields, wrapped: bool, source: str) -> Family:
     """The family of the model; an unsupported one ends the reading, as its other fields mean something else."""
-    model_type = fields.values.get("model_type")
-    architectures = fields.values.get("architectures")
+    model_type = fields.get("model_type")
+    architectures = fields.get("architectures")
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(entry, str) for entry in architectures)
     ):
@@ -358,18 +374,36 @@ def _family(fields: Fields, wrapped: bool, source: str) -> Family:
         others = f"near it: {', '.join(near)}; " if near else ""
         raise InputError(f"{source}: model_type {model_type!r:.60} is not supported; {others}{_READ}")
     family = FAMILIES[model_type]
-    named = any("CausalLM" in entry or entry == family.architecture for entry in architectures or ())
-    if architectures and not wrapped and not family.pools and not named:
-        raise InputError(
-            f"{source}: architectures {', '.join(architectures)!r:.60} generates no text; "
-            f"give a model whose architecture ends in ForCausalLM"
-        )
+    if architectures and not wrapped and not family.pools:
+        _check_class(architectures, family, source)
     return family
+
+
+def _check_class(architectures: Sequence[str], family: Family, source: str) -> None:
+    """Refuse a class that generates no text, and one that is not known, as its layers may be others than its type's."""
+    own = _spelled_alike(family.architecture)
+    if any(
+        _spelled_alike(entry) == own or ("CausalLM" in entry and _spelled_alike(entry) in _CLASSES)
+        for entry in architectures
+    ):
+        return
+    named = f"{source}: architectures {', '.join(architectures)!r:.60}"
+    if not any("CausalLM" in entry for entry in architectures):
+        raise InputError(f"{named} generates no text; give a model whose architecture ends in ForCausalLM")
+    raise InputError(
+        f"{named} is not known, and engines go by it: its layers may be others than those of {family.architecture}; "
+        f"where they are not, give the file with that in its place"
+    )
+
+
+def _spelled_alike(architecture: str) -> str:
+    """The name of a class, which files spell with other capitals and underscores than engines do."""
+    return architecture.replace("_", "").lower()
 
 
 def _dtype(fields: Fields) -> str:
     """16-bit type the model is served in."""
-    key = "dtype" if fields.values.get("dtype") is not None else "torch_dtype"
+    key = "dtype" if fields.get("dtype") is not None else "torch_dtype"
     given = fields.text(key).removeprefix("torch.")
     if given and given not in _DTYPES:
         fields.fault(key, f"must be one of {', '.join(_DTYPES)}, not {shown(given)}")

@@ -60,6 +60,8 @@ class Family:
     tied : bool             LM head and embedding are one where the file does not say
     pools : bool            it answers with a vector rather than with tokens
     layer_lists : tuple     fields with an entry for each layer, which tell their number where the file does not
+    idle : tuple            fields that change nothing of what is counted in this family, besides those that
+                            `apex_opt.ir.understood` lists for all
     """
 
     architecture: str
@@ -71,6 +73,7 @@ class Family:
     tied: bool = False
     pools: bool = False
     layer_lists: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
 
 def sizes(vocab: int, hidden: int, intermediate: int, layers: int, heads: int, positions: int) -> dict[str, Any]:

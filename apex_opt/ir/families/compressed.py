@@ -53,11 +53,12 @@ def _deepseek_v4(fields: Fields, size: Sizes) -> Layers:
             fields.fault(flag, "true is not supported with compressed attention")
     heads, width, topk = (fields.count(key) for key in ("index_n_heads", "index_head_dim", "index_topk"))
     streams = fields.count("hc_mult")
+    fields.idle("hc_sinkhorn_iters")
     experts = fields.text("expert_dtype")
     if experts not in ("", "fp4", "fp8"):
         fields.fault("expert_dtype", f"must be fp4 or fp8, not {shown(experts)}")
-    told = any(fields.values.get(key) for key in QUANTISATION_KEYS)
-    if told and fields.text("model_type") == "deepseek_v4" and fields.values.get("expert_dtype") is None:
+    told = any(fields.get(key) for key in QUANTISATION_KEYS)
+    if told and fields.text("model_type") == "deepseek_v4" and fields.get("expert_dtype") is None:
         fields.fault("expert_dtype", "is missing; give fp4 or fp8")
     ffns = _ffns(fields, size)
     if fields.faults:

@@ -23,6 +23,12 @@ def read_lfm2(fields: Fields, size: Sizes) -> Layers:
     third = fields.text("model_type") == "lfm3"
     known = ("conv", "full_attention", "sliding_attention") if third else ("conv", "full_attention")
     kinds = layer_kinds(fields, size.layers, known)
+    fields.idle("full_attn_idxs")  # where kinds are listed
+    refuse(fields, "block_use_swiglu", True)
+    refuse(fields, "use_pos_enc", True)
+    refuse(fields, "tie_embedding", True)
+    refuse(fields, "num_heads", fields.get("num_attention_heads"))
+    fields.idle("theta")
     if kinds is None:
         full = fields.rows("full_attn_idxs")
         if full is None:
@@ -37,7 +43,7 @@ def read_lfm2(fields: Fields, size: Sizes) -> Layers:
         refuse(fields, key, size.hidden)
     dense_first = size.layers
     routed: dict[str, Any] = {}
-    if fields.values.get("num_experts") is not None:
+    if fields.get("num_experts") is not None:
         dense_first = fields.count("num_dense_layers", default=2, minimum=0)
         experts = fields.count("num_experts")
         routed = {
@@ -73,12 +79,12 @@ def read_lfm2(fields: Fields, size: Sizes) -> Layers:
 
 def _adjusted(fields: Fields) -> int:
     """Columns of an FFN of LFM2: two thirds of those told, times a factor, up to a multiple, where it is to be so."""
-    key = "block_ff_dim" if fields.values.get("block_ff_dim") is not None else "intermediate_size"
+    key = "block_ff_dim" if fields.get("block_ff_dim") is not None else "intermediate_size"
     columns = fields.count(key)
     if not fields.flag("block_auto_adjust_ff_dim", default=True):
         return columns
     multiple = fields.count("block_multiple_of", default=256)
-    factor = fields.values.get("block_ffn_dim_multiplier", 1.0)
+    factor = fields.get("block_ffn_dim_multiplier", 1.0)
     if factor is None:
         factor = 1.0
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 100:

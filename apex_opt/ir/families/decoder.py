@@ -22,6 +22,10 @@ _QWEN_FULL_LAYERS: Final = 28
 """Leading layers without a window where a Qwen file does not give max_window_layers (transformers)."""
 
 
+_FREQUENCIES: Final = ("decoder_sparse_step", "moe_layer_freq", "first_k_dense_replace", "mlp_only_layers")
+"""Fields that tell which layers have experts where the file does not list them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
     """A reader of layers by facts of a family; None means that the file says.
@@ -90,17 +94,16 @@ class Decoder:
     def _attention_fields(self, fields: Fields, hidden: int) -> dict[str, Any]:
         """Arguments of `Attention` that all layers share."""
         heads = head_fields(fields, hidden, self.kv_heads)
-        bias = fields.flag("attention_bias")
+        bias = _fact(fields, "attention_bias", self.qkv_bias)
         output_bias = fields.flag("attention_out_bias", default=bias)
-        qk_norm = fields.flag("use_qk_norm")
         return {
             **heads,
             "qk_norm_whole": self.qk_norm_whole,
             "sinks": self.sinks,
             "rotary": self.rotary and self.positions is None,
-            "qkv_bias": bias if self.qkv_bias is None else self.qkv_bias,
+            "qkv_bias": bias,
             "output_bias": output_bias if self.output_bias is None else self.output_bias,
-            "qk_norm": qk_norm if self.qk_norm is None else self.qk_norm,
+            "qk_norm": _fact(fields, "use_qk_norm", self.qk_norm),
         }
 
     def ffns(self, fields: Fields, size: Sizes, sparse: list[bool] | None = None) -> list[Ffn]:
@@ -111,13 +114,16 @@ class Decoder:
         fields, size
         sparse : list of bool or None    which layers are mixtures of experts; None leaves it to the usual fields
         """
-        if sparse is None:
+        if sparse is not None:
+            fields.idle(*_FREQUENCIES)
+        else:
             sparse = sparse_layers(fields, size.layers) if self.experts_field else [False] * size.layers
         dense_ffn = moe_ffn = None
+        fields.idle("intermediate_size")  # where there is no dense FFN
         if not all(sparse) or not size.layers:
             usual = self.ffn_ratio * size.hidden if self.ffn_ratio else None
             intermediate = fields.count("intermediate_size", default=usual)
-            bias = fields.flag("mlp_bias") if self.mlp_bias is None else self.mlp_bias
+            bias = _fact(fields, "mlp_bias", self.mlp_bias)
             if size.hidden and intermediate:
                 dense_ffn = DenseFfn(hidden=size.hidden, intermediate=intermediate, gated=self.gated, bias=bias)
         if self.experts_field:
@@ -156,6 +162,14 @@ class Decoder:
         )
 
 
+def _fact(fields: Fields, key: str, fixed: bool | None) -> bool:
+    """A switch that the file tells, or that is always so in a family, whose files may repeat it and not contradict."""
+    told = fields.flag(key, default=bool(fixed))
+    if fixed is not None and told != fixed:
+        fields.fault(key, f"{shown(told)} is not supported in this family")
+    return told
+
+
 def head_fields(fields: Fields, hidden: int, kv_heads: int | None = None) -> dict[str, Any]:
     """Query heads, KV heads and their width.
 
@@ -167,9 +181,9 @@ def head_fields(fields: Fields, hidden: int, kv_heads: int | None = None) -> dic
     """
     heads = fields.count("num_attention_heads")
     # Where the class has a default, it holds for files that leave the field out; null is one KV head per query head.
-    default = heads if kv_heads is None or "num_key_value_heads" in fields.values else kv_heads
+    default = heads if kv_heads is None or fields.states("num_key_value_heads") else kv_heads
     found = fields.count("num_key_value_heads", default)
-    if fields.values.get("head_dim") is None:
+    if fields.get("head_dim") is None:
         head_dim = hidden // heads if heads else 0
         if heads and hidden % heads:
             heads_name = fields.name("num_attention_heads")
@@ -187,9 +201,10 @@ def latent_fields(fields: Fields) -> dict[str, Any]:
     """Arguments of `LatentAttention` that all layers share."""
     if fields.flag("attention_bias"):
         fields.fault("attention_bias", "true is not supported with latent attention")
+    fields.idle("num_key_value_heads", "head_dim", "qk_head_dim")  # of the heads that a latent vector unfolds to
     return {
         "query_heads": fields.count("num_attention_heads"),
-        "q_lora_rank": None if fields.values.get("q_lora_rank") is None else fields.count("q_lora_rank"),
+        "q_lora_rank": None if fields.get("q_lora_rank") is None else fields.count("q_lora_rank"),
         "kv_lora_rank": fields.count("kv_lora_rank"),
         "nope_head_dim": fields.count("qk_nope_head_dim"),
         "rope_head_dim": fields.count("qk_rope_head_dim"),
@@ -256,6 +271,7 @@ def sparse_layers(fields: Fields, layers: int) -> list[bool]:
     """Whether each layer is a mixture of experts; empty at a fault."""
     kinds = layer_kinds(fields, layers, ("dense", "sparse"), "mlp_layer_types")
     if kinds is not None:
+        fields.idle(*_FREQUENCIES)
         return [kind == "sparse" for kind in kinds]
     step = fields.count("decoder_sparse_step", default=1)
     every = fields.count("moe_layer_freq", default=1)

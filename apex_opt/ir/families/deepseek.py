@@ -45,8 +45,10 @@ def _deepseek_v2(fields: Fields, size: Sizes) -> Layers:
 
     Source: vLLM, `models/deepseek_v2.py`: latent attention where one of its head widths is above 0.
     """
-    widths = [fields.values.get(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    widths = [fields.get(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
+    fields.idle("use_mla", "lm_head")  # DeepSeek-VL2 repeats what its other fields tell
     if widths == [0, 0]:
+        fields.idle("v_head_dim", "q_lora_rank", "kv_lora_rank")
         return replace(_V2, latent=False)(fields, size)
     return _V2(fields, size)
 

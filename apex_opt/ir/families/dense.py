@@ -24,6 +24,8 @@ _MOSS: Final = {"attention_bias": "use_bias", "mlp_bias": "use_bias"}
 def _chatglm(fields: Fields, size: Sizes) -> Layers:
     """ChatGLM2 to GLM-4, whose query heads may share a few keys and values."""
     linear = fields.flag("add_bias_linear")
+    refuse(fields, "post_layer_norm", True)
+    fields.idle("multi_query_group_num", "original_rope", "apply_residual_connection_post_layernorm")
     groups = fields.count("multi_query_group_num") if fields.flag("multi_query_attention") else None
     reader = Decoder(
         qkv_bias=linear or fields.flag("add_qkv_bias"),
@@ -76,12 +78,15 @@ FAMILIES: Final[dict[str, Family]] = {
         architecture="SmolLM3ForCausalLM",
         read=Decoder(qkv_bias=None, output_bias=None, mlp_bias=None, window="opt-in", kv_heads=4),
         modules=module_names(),
+        idle=("no_rope_layers", "no_rope_layer_interval"),
         tied=True,
     ),
     "apertus": Family(
         architecture="ApertusForCausalLM",
-        read=Decoder(qkv_bias=None, output_bias=None, qk_norm=True, gated=False),
+        read=Decoder(qkv_bias=None, output_bias=None, qk_norm=None, gated=False),
         modules=module_names(dense=("mlp.up_proj", "mlp.down_proj")),
+        implied={"use_qk_norm": True},
+        spelled={"use_qk_norm": "qk_norm"},
     ),
     "apertus1p5_text": Family(
         architecture="Apertus1p5TextForCausalLM",
@@ -100,7 +105,12 @@ FAMILIES: Final[dict[str, Family]] = {
         spelled={"use_qk_norm": "qk_layernorm"},
     ),
     "orion": Family(architecture="OrionForCausalLM", read=Decoder(norm_bias=True), modules=module_names()),
-    "solar": Family(architecture="SolarForCausalLM", read=_TOLD, modules=module_names()),
+    "solar": Family(
+        architecture="SolarForCausalLM",
+        read=_TOLD,
+        modules=module_names(),
+        idle=("bskcn_1", "bskcn_2", "bskcn_3", "bskcn_4", "bskcn_tv"),  # layers whose outputs are added once more
+    ),
     "helium": Family(
         architecture="HeliumForCausalLM",
         read=Decoder(qkv_bias=None, mlp_bias=None, kv_heads=20),
@@ -144,7 +154,13 @@ FAMILIES: Final[dict[str, Family]] = {
         modules=module_names(),
         implied={"use_qk_norm": True},
     ),
-    "minicpm": Family(architecture="MiniCPMForCausalLM", read=Decoder(), modules=module_names(), tied=True),
+    "minicpm": Family(
+        architecture="MiniCPMForCausalLM",
+        read=Decoder(),
+        modules=module_names(),
+        tied=True,
+        idle=("mup_denominator",),
+    ),
     "exaone": Family(
         architecture="ExaoneForCausalLM",
         read=Decoder(),
@@ -199,6 +215,13 @@ FAMILIES: Final[dict[str, Family]] = {
         ),
         spelled={"intermediate_size": "ff_intermediate_size"},
         tied=True,
+        # Some layers see blocks of the context: all are counted as if they saw all of it.
+        idle=(
+            *("blocksparse_block_size", "blocksparse_num_local_blocks", "blocksparse_vert_stride"),
+            *("blocksparse_homo_head_pattern", "blocksparse_triton_kernel_block_size"),
+            *("dense_attention_every_n_layers", "gegelu_limit", "gegelu_pad_to_256", "mup_use_scaling"),
+            "dummy_token_indices",
+        ),
     ),
     "qwen": Family(
         architecture="QWenLMHeadModel",
@@ -207,5 +230,6 @@ FAMILIES: Final[dict[str, Family]] = {
             qkv=("attn.c_attn",), output=("attn.c_proj",), dense=within("mlp", ("w1", "w2", "c_proj"))
         ),
         spelled={"head_dim": "kv_channels", "max_position_embeddings": "seq_length"},
+        idle=("use_dynamic_ntk", "use_logn_attn"),
     ),
 }

@@ -61,9 +61,11 @@ def _modernbert(fields: Fields, size: Sizes) -> Layers:
     heads: dict[str, Any] = head_fields(fields, size.hidden)
     every = fields.count("global_attn_every_n_layers", default=3)
     kinds = ["sliding_attention" if layer % (every or 1) else "full_attention" for layer in range(size.layers)]
-    told = fields.filled({"layer_types": kinds, "sliding_window": fields.values.get("local_attention", 128)})
+    told = fields.filled({"layer_types": kinds, "sliding_window": fields.get("local_attention", 128)})
     windows = window_of_layers(told, size.layers, "always")
     inner = fields.count("intermediate_size")
+    # Of a head that engines leave out, and names of what the class has always.
+    fields.idle("decoder_bias", "sparse_prediction", "repad_logits_with_grad", "position_embedding_type")
     bias, mlp_bias, norm_bias = (fields.flag(key) for key in ("attention_bias", "mlp_bias", "norm_bias"))
     if fields.faults:
         return Layers([])
@@ -79,6 +81,7 @@ def _modernbert(fields: Fields, size: Sizes) -> Layers:
 def _nomic(fields: Fields, size: Sizes) -> Layers:
     """Nomic's BERT, whose published files have switches for what its class has always."""
     refuse(fields, "activation_function", "swiglu", "silu")
+    fields.idle("dense_seq_output", "max_trained_positions", "pad_vocab_size_multiple", "use_xentropy")
     for key in ("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias", "num_experts"):
         refuse(fields, key, False, 0)
     return Embedder()(fields, size)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from apex_opt.ir.cells import CrossedAttention, DenseFfn, EncoderAttention, Matrix
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names
 from apex_opt.ir.families.decoder import head_fields
+from apex_opt.ir.families.states import refuse
 from apex_opt.ir.model import MAX_LAYERS, Block, Run, Tower
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def _encoder_sizes(fields: Fields) -> dict[str, int]:
 def _t5(fields: Fields, size: Sizes) -> Layers:
     """T5: an encoder over the prompt, and a decoder that looks at its output in every layer, of as many unless told."""
     heads, width = fields.count("num_attention_heads"), fields.count("d_kv")
+    fields.idle("relative_attention_max_distance", "is_gated_act")
     inner, layers = fields.count("intermediate_size"), size.layers
     buckets = fields.count("relative_attention_num_buckets", default=32)
     gated = fields.text("feed_forward_proj").startswith("gated-")
@@ -102,11 +104,17 @@ def _umt5(fields: Fields, size: Sizes) -> Layers:
     return Layers([replace(block, beside=(positions,)) for block in found.blocks], (), (), tower)
 
 
+_POOLER: Final = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+"""Ends of the names of fields that BERT's files have from a pooler that no class builds."""
+
+
 def _bert(fields: Fields, size: Sizes) -> Layers:
     """BERT: learned positions and kinds of tokens, norms behind every cell, a product over the first token."""
     heads: dict[str, Any] = {**head_fields(fields, size.hidden)}
     inner, longest = fields.count("intermediate_size"), fields.count("max_position_embeddings")
     kinds = fields.count("type_vocab_size", default=2, minimum=0)
+    refuse(fields, "position_embedding_type", "absolute")
+    fields.idle("directionality", "sinusoidal_pos_embds", "tie_weights_", *(f"pooler_{part}" for part in _POOLER))
     if fields.faults:
         return Layers([])
     before = (
@@ -217,6 +225,7 @@ _T5: Final = Family(
     },
     implied={"max_position_embeddings": 512},
     tied=True,
+    idle=("is_encoder_decoder",),
 )
 _SEQ2SEQ: Final = {
     "hidden_size": "d_model",
@@ -238,6 +247,10 @@ _BART: Final = Family(
     modules=module_names(output=("self_attn.out_proj",), dense=("fc1", "fc2")),
     spelled=_SEQ2SEQ,
     tied=True,
+    idle=(
+        *("is_encoder_decoder", "normalize_before", "normalize_embedding", "add_final_layer_norm", "save_step"),
+        *("force_bos_token_to_be_generated", "extra_pos_embeddings"),
+    ),
 )
 _ROBERTA: Final = Family(architecture="RobertaModel", read=_roberta, modules=_BERT_MODULES, tied=True, pools=True)
 
@@ -246,6 +259,7 @@ FAMILIES: Final[dict[str, Family]] = {
         architecture="WhisperForConditionalGeneration",
         read=_whisper,
         modules=module_names(output=("self_attn.out_proj",), dense=("fc1", "fc2")),
+        idle=("is_encoder_decoder", "median_filter_width"),
         spelled=_SEQ2SEQ | {"max_position_embeddings": "max_target_positions"},
         tied=True,
     ),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
 from apex_opt.ir.families.decoder import Decoder
 from apex_opt.ir.families.deepseek import LATENT_MODULES
+from apex_opt.ir.families.states import refuse
 
 if TYPE_CHECKING:
     from typing import Any
@@ -36,6 +37,9 @@ def _dbrx(fields: Fields, size: Sizes) -> Layers:
         ),
     ):
         section = fields.section(name)
+        if section is not None:
+            # What its classes inherit is not theirs.
+            section.idle("clip_qkv", "tie_word_embeddings", "hidden_size", "moe_normalize_expert_weights")
         if section is None:
             fields.fault(name, "is missing")
         else:
@@ -49,7 +53,7 @@ def _first(fields: Fields, *names: str) -> dict[str, Any]:
     """The entries that all layers share of fields that may be lists of one for each layer."""
     found = {}
     for name in names:
-        value = fields.values.get(name)
+        value = fields.get(name)
         if isinstance(value, list) and value:
             if any(entry != value[0] for entry in value):
                 fields.fault(name, "has entries that differ, which is not supported")
@@ -57,8 +61,15 @@ def _first(fields: Fields, *names: str) -> dict[str, Any]:
     return found
 
 
+_TOWER: Final = ("num_media_embeds", "anyres_pooling_size", "max_image_size", "org_vocab_size", "pool_type")
+"""Fields of Hunyuan's files that speak of images or of heads that are no part of what writes."""
+
+
 def _hunyuan(fields: Fields, size: Sizes) -> Layers:
     """Hunyuan, some fields of which list an entry for each layer."""
+    fields = fields.filled({"head_dim": fields.get("attention_head_dim")})
+    refuse(fields, "norm_type", "rms")
+    fields.idle("cla_share_factor", *_TOWER)
     if fields.flag("use_cla"):
         fields.fault("use_cla", "true is not supported: layers that share their keys and values")
     alike = _first(
@@ -75,14 +86,14 @@ def _hunyuan(fields: Fields, size: Sizes) -> Layers:
         experts_field="num_experts",
         shared_count_field="num_shared_expert",
     )
-    width = fields.values.get("intermediate_size")
+    width = fields.get("intermediate_size")
     return reader(fields.filled({"moe_intermediate_size": width, "num_shared_expert": 1}), size)
 
 
 def _ernie(fields: Fields, size: Sizes) -> Layers:
     """ERNIE 4.5, which tells the first and the last layer with experts."""
     start, every = fields.count("moe_layer_start_index", minimum=0), fields.count("moe_layer_interval", default=1)
-    end = fields.values.get("moe_layer_end_index")
+    end = fields.get("moe_layer_end_index")
     last = size.layers - 1 if end in (None, -1) else fields.count("moe_layer_end_index", minimum=0)
     sparse = [start <= layer <= last and every > 0 and (layer + 1) % every == 0 for layer in range(size.layers)]
     reader = Decoder(
@@ -105,6 +116,7 @@ _BAILING_MODULES: Final = module_names(
 
 def _bailing(fields: Fields, size: Sizes) -> Layers:
     """Ling and Ring, whose router has a bias where the file says so."""
+    refuse(fields, "use_rmsnorm", True)
     reader = Decoder(
         qkv_bias=None,
         output_bias=None,
@@ -184,6 +196,7 @@ FAMILIES: Final[dict[str, Family]] = {
             expert_width_field="intermediate_size",
         ),
         modules=module_names(experts=within("block_sparse_moe.experts.0", _W)),
+        idle=("position_embedding_type",),
     ),
     "granitemoeshared": Family(
         architecture="GraniteMoeSharedForCausalLM",
@@ -195,6 +208,7 @@ FAMILIES: Final[dict[str, Family]] = {
             shared_width_field="shared_intermediate_size",
         ),
         modules=module_names(experts=within("block_sparse_moe.experts.0", _W), shared=within("shared_mlp")),
+        idle=("position_embedding_type",),
     ),
     "deepseek": Family(
         architecture="DeepseekForCausalLM",
@@ -222,6 +236,7 @@ FAMILIES: Final[dict[str, Family]] = {
         modules=module_names(),
         spelled=_BIASES | {"num_experts_per_tok": "moe_k"},
         tied=True,
+        idle=("moe_capacity", "moe_gate", "compression_ratio"),
     ),
     "hunyuan_v1_moe": Family(
         architecture="HunYuanMoEV1ForCausalLM",

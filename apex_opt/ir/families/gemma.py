@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from apex_opt.ir.cells import Attention, DenseFfn, Ffn, Matrix, MoeFfn
 from apex_opt.ir.families.base import Family, Layers, module_names, sizes, within
 from apex_opt.ir.families.decoder import head_fields, window_of_layers
+from apex_opt.ir.families.states import refuse
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def _gemma(every: int, *, qk_norm: bool, norms: int = _NORMS) -> Callable[[Field
 
 def _windows(fields: Fields, size: Sizes, every: int) -> list[int | None]:
     """Window of every layer, None where it sees the whole context."""
-    if "sliding_window" not in fields.values:
+    if not fields.states("sliding_window"):
         fields.fault("sliding_window", "is missing")
     # Newer files spell an unused pattern with an underscore, beside a list of layers.
     every = fields.count("_sliding_window_pattern", default=every)
@@ -59,14 +60,17 @@ def _gemma4(fields: Fields, size: Sizes) -> Layers:
     Small sizes add to every layer an embedding of its own; some have experts beside the FFN, each behind norms.
     """
     windows = _windows(fields, size, 6)
+    refuse(fields, "use_bidirectional_attention", False, "vision")
+    # Where layers have no embedding of their own, or no experts.
+    fields.idle("vocab_size_per_layer_input", "num_experts", "top_k_experts", "moe_intermediate_size")
     if windows:
         windows[-1] = None  # the class has the last layer see all
     local = head_fields(fields, size.hidden, 4)
     joint = fields.flag("attention_k_eq_v")
     # Files that tell fields layer by layer have no others for layers that see all.
-    told = "per_layer_config" in fields.values
+    told = fields.states("per_layer_config")
     whole = local | {"head_dim": fields.count("global_head_dim", default=local["head_dim"] if told else 512)}
-    if joint and fields.values.get("num_global_key_value_heads") is not None:
+    if joint and fields.get("num_global_key_value_heads") is not None:
         whole["kv_heads"] = fields.count("num_global_key_value_heads")
     bias = fields.flag("attention_bias")
     shared = fields.count("num_kv_shared_layers", default=0, minimum=0, maximum=max(size.layers, 1))

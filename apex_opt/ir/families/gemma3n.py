@@ -21,7 +21,7 @@ _TRAFFIC: Final = 6
 
 def _widths(fields: Fields, layers: int) -> list[int]:
     """Columns of every layer's FFN: a list, or one number for all."""
-    listed = fields.values.get("intermediate_size")
+    listed = fields.get("intermediate_size")
     if not isinstance(listed, list):
         return [fields.count("intermediate_size")] * layers
     if layers and len(listed) != layers:
@@ -40,6 +40,7 @@ def read(fields: Fields, size: Sizes) -> Layers:
     """
     heads: dict[str, Any] = head_fields(fields, size.hidden, 2)
     windows = window_of_layers(fields, size.layers, "always", 5)
+    fields.idle("activation_sparsity_pattern", "altup_active_idx", "altup_coef_clip", "altup_correct_scale")
     shared = fields.count("num_kv_shared_layers", default=15, minimum=0, maximum=max(size.layers, 1))
     own, widths, bias = size.layers - shared, _widths(fields, size.layers), fields.flag("attention_bias")
     narrow = fields.count("hidden_size_per_layer_input", default=256)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names
 from apex_opt.ir.families.decoder import Decoder
+from apex_opt.ir.families.states import refuse
 
 if TYPE_CHECKING:
     from apex_opt.ir.fields import Fields
@@ -25,6 +26,9 @@ _ATTENTION: Final = ("self_attention.query_key_value",)
 _FOURFOLD: Final = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _FC: Final = ("mlp.fc1", "mlp.fc2")
 _GPTJ: Final = Decoder(mlp_bias=True, gated=False, ffn_ratio=4, norms=1, norm_bias=True, parallel=True, head_bias=True)
+_STARCODER2: Final = Decoder(
+    qkv_bias=None, output_bias=None, mlp_bias=None, gated=False, norm_bias=True, window="always"
+)
 _LONGEST_UNSAID: Final = 2048
 """Context of files that tell of none, as vLLM takes it."""
 
@@ -40,6 +44,8 @@ def _opt(fields: Fields, size: Sizes) -> Layers:
     width = fields.count("word_embed_proj_dim", default=size.hidden)
     if size.hidden and width != size.hidden:
         fields.fault("word_embed_proj_dim", f"{width} is not hidden_size {size.hidden}: a projected embedding")
+    refuse(fields, "layer_norm_elementwise_affine", True)
+    fields.idle("do_layer_norm_before")
     bias = fields.flag("enable_bias", default=True)
     return Decoder(qkv_bias=bias, output_bias=bias, mlp_bias=bias, norm_bias=True, gated=False, positions=2)(
         fields, size
@@ -51,15 +57,16 @@ def _falcon(fields: Fields, size: Sizes) -> Layers:
     newer, parallel = fields.flag("new_decoder_architecture"), fields.flag("parallel_attn", default=True)
     kv_heads = 1 if fields.flag("multi_query", default=True) and not newer else None
     if kv_heads is None:
-        kv_heads = fields.values.get("num_kv_heads")
+        kv_heads = fields.get("num_kv_heads")
     norms = fields.count("num_ln_in_parallel_attn", default=2) if newer else 2 - parallel
     bias = fields.flag("bias")
+    fields.idle("num_kv_heads")  # where there is one for all
     reader = Decoder(
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bias,
         gated=False,
-        ffn_ratio=4,
+        ffn_ratio=fields.count("ff_factor", default=4),
         norms=norms,
         norm_bias=True,
         parallel=parallel or newer,
@@ -68,21 +75,31 @@ def _falcon(fields: Fields, size: Sizes) -> Layers:
     return reader(fields.filled({"num_key_value_heads": kv_heads}), size)
 
 
+def _starcoder2(fields: Fields, size: Sizes) -> Layers:
+    """StarCoder2, whose files name the kinds of its norms and FFNs."""
+    refuse(fields, "norm_type", "layer_norm")
+    refuse(fields, "mlp_type", "default")
+    return _STARCODER2(fields, size)
+
+
 def _mpt(fields: Fields, size: Sizes) -> Layers:
     """MPT, whose fields of attention lie in an object of their own."""
     attention = fields.section("attn_config")
-    values = {} if attention is None else attention.values
     kinds = {
         "multihead_attention": None,
         "multiquery_attention": 1,
-        "grouped_query_attention": values.get("kv_n_heads"),
+        "grouped_query_attention": attention and attention.get("kv_n_heads"),
     }
-    kind = values.get("attn_type", "multihead_attention")
+    kind = attention.get("attn_type", "multihead_attention") if attention else "multihead_attention"
     if attention is not None and (not isinstance(kind, str) or kind not in kinds):
         attention.fault("attn_type", f"may be {', '.join(kinds)}, not {kind!r:.40}")
         return Layers([])
     ratio = fields.count("expansion_ratio", default=4)
     bias = not fields.flag("no_bias", default=True)
+    fields.idle("embedding_fraction", "norm_type", "learned_pos_emb", "verbose")
+    if attention is not None:
+        # What its class inherits is not its own.
+        attention.idle("alibi_bias_max", "attn_impl", "clip_qkv", "softmax_scale", "tie_word_embeddings")
     alibi = attention is None or attention.flag("alibi", default=True)
     qk_norm = attention is not None and attention.flag("qk_ln")
     reader = Decoder(
@@ -103,7 +120,12 @@ def _mpt(fields: Fields, size: Sizes) -> Layers:
 FAMILIES: Final[dict[str, Family]] = {
     "gpt2": Family(architecture="GPT2LMHeadModel", read=_GPT2, modules=_GPT2_MODULES, spelled=_SHORT, tied=True),
     "gpt_bigcode": Family(
-        architecture="GPTBigCodeForCausalLM", read=_bigcode, modules=_GPT2_MODULES, spelled=_SHORT, tied=True
+        architecture="GPTBigCodeForCausalLM",
+        read=_bigcode,
+        modules=_GPT2_MODULES,
+        spelled=_SHORT,
+        tied=True,
+        idle=("inference_runner", "pre_allocate_kv_cache", "pad_key_length", "validate_runner_input"),
     ),
     "gptj": Family(
         architecture="GPTJForCausalLM",
@@ -149,6 +171,7 @@ FAMILIES: Final[dict[str, Family]] = {
         },
         implied={"max_position_embeddings": _LONGEST_UNSAID},
         tied=True,
+        idle=("offset_alibi", "skip_bias_add", "apply_residual_connection_post_layernorm", "slow_but_exact"),
     ),
     "falcon": Family(
         architecture="FalconForCausalLM",
@@ -178,7 +201,7 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "starcoder2": Family(
         architecture="Starcoder2ForCausalLM",
-        read=Decoder(qkv_bias=None, output_bias=None, mlp_bias=None, gated=False, norm_bias=True, window="always"),
+        read=_starcoder2,
         modules=module_names(dense=("mlp.c_fc", "mlp.c_proj")),
         spelled={"attention_bias": "use_bias", "mlp_bias": "use_bias"},
         implied={"attention_bias": True, "mlp_bias": True},

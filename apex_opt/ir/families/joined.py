@@ -8,15 +8,13 @@ from apex_opt.ir.cells import Attention, DenseFfn, JoinedAttention, Mamba2
 from apex_opt.ir.checks import count_fault
 from apex_opt.ir.families.base import Family, Layers, module_names, within
 from apex_opt.ir.families.decoder import head_fields, layer_kinds
-from apex_opt.ir.families.state_space import MAMBA_FIELDS, mamba2_fields, mamba_head
-from apex_opt.ir.families.states import refuse, refuse_others
+from apex_opt.ir.families.state_space import mamba2_fields, mamba_head
+from apex_opt.ir.families.states import refuse
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
     from apex_opt.ir.families.base import Sizes
     from apex_opt.ir.fields import Fields
-
-_FALCON: Final = MAMBA_FIELDS | {"mamba_d_ssm", "mamba_rms_norm", "mamba_norm_before_gate", "mamba_use_mlp"}
 
 
 def _full_layers(fields: Fields, layers: int) -> set[int]:
@@ -37,9 +35,9 @@ def read_bamba(fields: Fields, size: Sizes) -> Layers:
     """Layers of Mamba2 or attention, each before an FFN."""
     heads: dict[str, Any] = head_fields(fields, size.hidden, 8)
     full = _full_layers(fields, size.layers)
+    fields.idle("attn_rotary_emb", "attn_layer_indices")
     sizes = mamba2_fields(fields, mamba_head(fields, size.hidden))
     bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")
-    refuse_others(fields, MAMBA_FIELDS, "mamba_")
     width = fields.count("intermediate_size")
     if fields.faults:
         return Layers([])
@@ -54,15 +52,16 @@ def read_falcon(fields: Fields, size: Sizes) -> Layers:
     heads: dict[str, Any] = head_fields(fields, size.hidden, 8)
     count = fields.count("mamba_n_heads")
     inner = fields.count("mamba_d_ssm", default=0) or fields.count("mamba_expand", default=2) * size.hidden
-    stated = fields.values.get("mamba_d_head")
+    stated = fields.get("mamba_d_head")
     head_dim = inner // count if count and stated in (None, "auto") else fields.count("mamba_d_head", default=0)
     if count and inner and head_dim * count != inner:
         fields.fault("mamba_n_heads", f"{count} times mamba_d_head {head_dim} is not mamba_d_ssm {inner}")
     sizes = mamba2_fields(fields, head_dim)
     norm = fields.flag("mamba_rms_norm")
+    refuse(fields, "mamba_use_mlp", True)
+    fields.idle("mamba_norm_before_gate", "mamba_expand", "mlp_expansion_factor", "time_step_rank")
     bias, mlp_bias = fields.flag("attention_bias"), fields.flag("mlp_bias")
     refuse(fields, "projectors_bias", sizes["bias"])
-    refuse_others(fields, _FALCON, "mamba_")
     width = fields.count("intermediate_size")
     if fields.faults:
         return Layers([])

@@ -19,26 +19,11 @@ from apex_opt.ir.checks import MAX_COUNT, count_fault
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
 from apex_opt.ir.families.decoder import latent_fields, layer_kinds
 from apex_opt.ir.families.listed import kinds_of
-from apex_opt.ir.families.states import refuse, refuse_others
+from apex_opt.ir.families.states import refuse
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
     from apex_opt.ir.fields import Fields
-
-_LINEAR: Final = frozenset(
-    (
-        "kda_layers",
-        "full_attn_layers",
-        "head_dim",
-        "num_heads",
-        "short_conv_kernel_size",
-        "use_full_rank_gate",
-        "gate_lower_bound",
-    )
-)
-_KNOWN: Final = frozenset(
-    ("mla_use_nope", "mla_use_output_gate", "latent_moe_use_norm", "attn_res_block_size", "routed_expert_hidden_size")
-)
 
 
 def _moe(fields: Fields, hidden: int) -> MoeFfn | None:
@@ -71,8 +56,7 @@ def _ffns(fields: Fields, size: Sizes) -> list[Ffn]:
     sparse = kinds_of(fields, "mlp_layer_types", size.layers, {"dense": False, "sparse": True})
     if sparse is None:
         sparse = [
-            fields.values.get("num_experts") is not None and i >= first and i % (every or 1) == 0
-            for i in range(size.layers)
+            fields.get("num_experts") is not None and i >= first and i % (every or 1) == 0 for i in range(size.layers)
         ]
     moe = _moe(fields, size.hidden) if any(sparse) else None
     width = 1 if all(sparse) else fields.count("intermediate_size")
@@ -105,10 +89,10 @@ def _saved(fields: Fields, layers: int) -> Fields | None:
         return None
     named = {"num_heads": "linear_num_heads", "head_dim": "linear_head_dim"}
     named["short_conv_kernel_size"] = "linear_conv_kernel_dim"
-    values: dict[str, object] = {usual: fields.values.get(own) for usual, own in named.items()}
+    values: dict[str, object] = {usual: fields.get(own) for usual, own in named.items()}
     for key, kind in (("kda_layers", "linear_attention"), ("full_attn_layers", "full_attention")):
         values[key] = [layer + 1 for layer, found in enumerate(kinds) if found == kind]
-    return type(fields)(values, "", fields.faults, named)
+    return type(fields)(values, "", fields.faults, named, fields.asked)
 
 
 def read(fields: Fields, size: Sizes) -> Layers:
@@ -120,8 +104,8 @@ def read(fields: Fields, size: Sizes) -> Layers:
         fields.fault("linear_attn_config", "is missing")
         return Layers([])
     refuse(fields, "hidden_act", "silu", "situ")
-    refuse_others(linear, _LINEAR)
-    refuse_others(fields, _KNOWN, "mla_", "latent_", "attn_res", "routed_expert")
+    linear.idle("gate_lower_bound")
+    fields.idle("activation_situ_beta", "activation_situ_linear_beta")
     refuse(fields, "mla_use_nope", True)
     sizes: dict[str, Any] = {
         "heads": linear.count("num_heads"),

@@ -13,6 +13,7 @@ from apex_opt.ir.checks import count_fault
 from apex_opt.ir.families.base import Family, Layers, module_names, sizes, within
 from apex_opt.ir.families.decoder import Decoder, head_fields, sparse_layers, window_of_layers
 from apex_opt.ir.families.listed import kinds_of
+from apex_opt.ir.families.states import refuse
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Layered:
 
     def _windows(self, fields: Fields, layers: int) -> list[int | None]:
         """Window of every layer."""
-        if fields.values.get("layer_types") is None and self.every:
+        if fields.get("layer_types") is None and self.every:
             pattern = fields.count("global_attn_every_n_layers", default=self.every)
             seen = [(layer - self.first) % max(pattern, 1) == 0 for layer in range(layers)]
             fields = fields.replaced(
@@ -127,7 +128,22 @@ def _queries(fields: Fields, layers: int, heads: dict[str, Any]) -> list[int]:
 def _afmoe(fields: Fields, size: Sizes) -> Layers:
     """Trinity, whose leading layers are dense, and whose layers that see all have no positions."""
     first = fields.count("num_dense_layers", default=1, minimum=0)
+    fields.idle("route_scale", "global_attn_every_n_layers")
     return _AFMOE(fields.filled({"first_k_dense_replace": first}), size)
+
+
+def _exaone_moe(fields: Fields, size: Sizes) -> Layers:
+    """K-EXAONE, whose published file lists by another name which layers have experts."""
+    listed = fields.rows("is_moe_layer")
+    if listed is not None:
+        fields = fields.filled({"mlp_layer_types": ["sparse" if each is True else "dense" for each in listed]})
+    return _EXAONE_MOE(fields, size)
+
+
+def _laguna(fields: Fields, size: Sizes) -> Layers:
+    """Laguna, whose gates are one for each head."""
+    refuse(fields, "gating", True, "per-head")
+    return _LAGUNA(fields, size)
 
 
 def _hyperclovax(fields: Fields, size: Sizes) -> Layers:
@@ -139,15 +155,19 @@ def _hyperclovax(fields: Fields, size: Sizes) -> Layers:
 def _cohere_moe(fields: Fields, size: Sizes) -> Layers:
     """Cohere's mixtures of experts, of which leading layers may be dense ones of another width."""
     for key in ("first_k_dense_replace", "prefix_dense_intermediate_size"):
-        if fields.values.get(key):
+        if fields.get(key):
             fields.fault(key, "is not supported: leading dense layers")
-    width = fields.values.get("intermediate_size")
+    width = fields.get("intermediate_size")
     return _COHERE_MOE(fields.filled({"moe_intermediate_size": width}), size)
 
 
 _SHARED_EXPERTS: Final = Decoder(experts_field="num_experts", shared_count_field="num_shared_experts", router_bias=True)
 _SHARED_WIDTH: Final = Decoder(experts_field="num_experts", shared_width_field="shared_expert_intermediate_size")
 _AFMOE: Final = Layered(ffns=_SHARED_EXPERTS, every=4, first=3, still="all", gate="element", qk_norm=True, norms=4)
+_EXAONE_MOE: Final = Layered(ffns=_SHARED_EXPERTS, every=4, first=3, still="all", qk_norm=True, kv_heads=32)
+_LAGUNA: Final = Layered(
+    ffns=replace(_SHARED_WIDTH, router_bias=True), gate="head", qk_norm=True, kv_heads=8, qkv_bias=False
+)
 _COHERE_MOE: Final = Layered(
     ffns=Decoder(experts_field="num_experts", shared_count_field="num_shared_experts"),
     every=4,
@@ -170,7 +190,7 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "exaone_moe": Family(
         architecture="ExaoneMoeForCausalLM",
-        read=Layered(ffns=_SHARED_EXPERTS, every=4, first=3, still="all", qk_norm=True, kv_heads=32),
+        read=_exaone_moe,
         modules=module_names(),
         implied={"first_k_dense_replace": 1, "num_shared_experts": 1},
         defaults=sizes(102400, 4096, 16384, 32, 32, 2048)
@@ -179,15 +199,15 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "hy_v3": Family(
         architecture="HYV3ForCausalLM",
+        idle=("enable_moe_fp32_combine",),
         read=Layered(ffns=replace(_SHARED_EXPERTS, mlp_bias=None), qk_norm=True, kv_heads=8),
         modules=module_names(),
         implied={"first_k_dense_replace": 1, "num_shared_experts": 1},
     ),
     "laguna": Family(
         architecture="LagunaForCausalLM",
-        read=Layered(
-            ffns=replace(_SHARED_WIDTH, router_bias=True), gate="head", qk_norm=True, kv_heads=8, qkv_bias=False
-        ),
+        read=_laguna,
+        idle=("moe_apply_router_weight_on_input",),
         modules=module_names(),
         implied={"first_k_dense_replace": 1},
     ),
@@ -208,11 +228,13 @@ FAMILIES: Final[dict[str, Family]] = {
     ),
     "muse_glimmer_text": Family(
         architecture="MuseGlimmerForCausalLM",
+        idle=("qk_scale_factor",),
         read=Layered(ffns=Decoder(), every=4, first=3, still="all", gate="element", norms=4),
         modules=module_names(),
     ),
     "cohere2_moe": Family(
         architecture="Cohere2MoeForCausalLM",
+        idle=("prefix_dense_sliding_window_pattern", "shared_expert_combination_strategy"),
         read=_cohere_moe,
         modules=module_names(),
         implied={"num_shared_experts": 0},

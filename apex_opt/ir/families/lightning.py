@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def _full_layers(fields: Fields, layers: int) -> list[bool]:
     """Whether each layer has full attention: 1 of `attn_type_list`, or a kind of `layer_types`; empty at a fault."""
-    if fields.values.get("attn_type_list") is None:
+    if fields.get("attn_type_list") is None:
         kinds = layer_kinds(fields, layers, ("full_attention", "linear_attention"))
         if kinds is None:
             fields.fault("attn_type_list", "is missing, and so is layer_types")
@@ -28,6 +28,10 @@ def _full_layers(fields: Fields, layers: int) -> list[bool]:
     if layers and len(rows) != layers:
         fields.fault("attn_type_list", f"has {len(rows)} entries for num_hidden_layers {layers}")
     return [row == 1 for row in rows]
+
+
+_SCALED: Final = ("full_attn", "linear_attn", "mlp", "layernorm_full_attention", "layernorm_linear_attention")
+"""Sums that factors scale, by the beginning of their names."""
 
 
 def read(fields: Fields, size: Sizes) -> Layers:
@@ -42,6 +46,8 @@ def read(fields: Fields, size: Sizes) -> Layers:
         "shared_intermediate": fields.count("shared_intermediate_size", default=0, minimum=0),
     }
     refuse(fields, "attention_bias", False)
+    fields.idle("postnorm")
+    fields.idle("block_size", *(f"{kind}_{factor}_factor" for kind in _SCALED for factor in ("alpha", "beta")))
     if routed["shared_intermediate"]:
         refuse(fields, "shared_moe_mode", "softmax", "sigmoid")
     if fields.faults:

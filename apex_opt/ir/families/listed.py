@@ -46,7 +46,7 @@ def kinds_of(fields: Fields, key: str, layers: int, known: Mapping[str, _Kind], 
     known : mapping     entries that there may be, and what they say
     beyond : int        layers of multi-token prediction that some lists go on with, and that are left out
     """
-    given = fields.values.get(key)
+    given = fields.get(key)
     entries = list(given) if isinstance(given, str) else fields.rows(key)
     if entries is None:
         return None

@@ -21,6 +21,8 @@ _BLOCK_SPARSE: Final = module_names(experts=within("block_sparse_moe.experts.0",
 def _minimax_m2(fields: Fields, size: Sizes) -> Layers:
     """MiniMax-M2, whose queries and keys each have one norm over all heads."""
     refuse(fields, "qk_norm_type", "per_layer")
+    refuse(fields, "use_routing_bias", True)
+    refuse(fields, "attn_type_list", [1] * size.layers)
     reader = Decoder(
         qk_norm=True,
         qk_norm_whole=True,
@@ -37,6 +39,7 @@ _PHI3: Final = Family(
     read=Decoder(window="always"),
     modules=module_names(qkv=("self_attn.qkv_proj",), dense=("mlp.gate_up_proj", "mlp.down_proj")),
     defaults=sizes(32064, 3072, 8192, 32, 32, 4096),
+    idle=("full_attn_mod", "interpolate_factor", "embd_layer"),  # the last of a tower
 )
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -85,6 +88,7 @@ FAMILIES: Final[dict[str, Family]] = {
             router_bias=True,
         ),
         modules=module_names(),
+        idle=("experts_per_token",),
         defaults=sizes(201088, 2880, 2880, 36, 64, 131072)
         | {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128}
         | {"num_local_experts": 128, "num_experts_per_tok": 4},

@@ -19,7 +19,7 @@ from apex_opt.ir.checks import MAX_COUNT, shown
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
 from apex_opt.ir.families.decoder import head_fields
 from apex_opt.ir.families.listed import published_kind
-from apex_opt.ir.families.states import refuse, refuse_others, state_bytes
+from apex_opt.ir.families.states import refuse, state_bytes
 from apex_opt.ir.fields import Fields
 from apex_opt.ir.model import Block
 
@@ -28,26 +28,19 @@ if TYPE_CHECKING:
 
 _LETTERS: Final = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 
-_KNOWN: Final = frozenset(
-    (
-        "mamba_head_dim",
-        "mamba_hidden_act",
-        "mamba_num_heads",
-        "mamba_proj_bias",
-        "mamba_ssm_cache_dtype",
-        "moe_intermediate_size",
-        "moe_latent_size",
-        "moe_shared_expert_intermediate_size",
-        "moe_shared_expert_overlap",
-        "ssm_state_size",
-    )
+_OF_CELLS: Final = (
+    *("intermediate_size", "moe_intermediate_size", "moe_shared_expert_intermediate_size", "moe_latent_size"),
+    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "mamba_num_heads", "mamba_head_dim", "n_groups"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "ssm_state_size", "conv_kernel", "chunk_size"),
+    *("use_bias", "use_conv_bias", "mamba_proj_bias", "mlp_bias", "attention_bias", "mamba_ssm_cache_dtype"),
 )
+"""Fields of cells, which a model without any such layer may state all the same."""
 
 
 def _kinds(fields: Fields, layers: int) -> list[str]:
     """What each layer is: a list in newer files, a text of one letter per layer in older ones; empty at a fault."""
     pattern = fields.text("hybrid_override_pattern")
-    named = "layers_block_type" if fields.values.get("layers_block_type") is not None else "layer_types"
+    named = "layers_block_type" if fields.get("layers_block_type") is not None else "layer_types"
     key = "hybrid_override_pattern" if pattern else named
     kinds = [_LETTERS.get(letter, letter) for letter in pattern] if pattern else fields.rows(key) or []
     kinds = [published_kind(kind, _LETTERS.values()) for kind in kinds]
@@ -106,11 +99,12 @@ def _mamba(fields: Fields, hidden: int) -> Mamba2 | None:
 
 def read_hybrid(fields: Fields, size: Sizes) -> Layers:
     """Layers of one cell behind one norm: Mamba2, attention without positions, an FFN or experts without gates."""
-    if fields.values.get("head_dim") is None and fields.values.get("attention_head_dim") is not None:
-        fields = fields.replaced({"head_dim": fields.values["attention_head_dim"]})
+    if fields.get("head_dim") is None and fields.get("attention_head_dim") is not None:
+        fields = fields.replaced({"head_dim": fields.get("attention_head_dim")})
     kinds = _kinds(fields, size.layers)
     refuse(fields, "mlp_hidden_act", "relu2")
-    refuse_others(fields, _KNOWN, "mamba_", "moe_", "ssm_")
+    # Of cells that the model may lack, and the width of an SSM that its heads tell.
+    fields.idle("expand", "time_step_rank", "moe_shared_expert_overlap", *_OF_CELLS)
     there: dict[str, Cell | None] = {}
     if "attention" in kinds:
         heads: dict[str, Any] = head_fields(fields, size.hidden)
@@ -139,8 +133,6 @@ def read_hybrid(fields: Fields, size: Sizes) -> Layers:
 
 _MULTIPLE: Final = 256
 """Columns of pruned FFNs are rounded up to multiples of this."""
-_PRUNED: Final = frozenset(("n_heads_in_group", "no_op", "replace_with_linear", "ffn_mult", "hidden_act"))
-"""Fields of a pruned cell that are described here; others thin out attention or its context."""
 
 
 def _mixed(entry: Fields, size: Sizes, heads: int, head_dim: int, bias: bool) -> AttentionCell | None:
@@ -170,12 +162,12 @@ def _fed(entry: Fields, size: Sizes, bias: bool) -> Ffn | None:
         return Skipped(hidden=size.hidden)
     if entry.flag("replace_with_linear"):
         return Replaced(hidden=size.hidden)
-    factor = entry.values.get("ffn_mult")
+    factor = entry.get("ffn_mult")
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor * size.hidden < MAX_COUNT:
         entry.fault("ffn_mult", f"must be a number above 0, not {shown(factor)}")
     if entry.faults:
         return None
-    columns = int(2 * factor * size.hidden / 3)  # type: ignore[operator]
+    columns = int(2 * factor * size.hidden / 3)
     return DenseFfn(hidden=size.hidden, intermediate=columns + -columns % _MULTIPLE, bias=bias)
 
 
@@ -195,13 +187,13 @@ def read_pruned(fields: Fields, size: Sizes) -> Layers:
         fields.fault("block_configs", f"has {len(rows)} entries for num_hidden_layers {size.layers}")
     blocks = []
     for index, row in enumerate(rows):
-        entry = Fields(row if isinstance(row, dict) else {}, f"block_configs[{index}].", fields.faults)
+        entry = Fields(
+            row if isinstance(row, dict) else {}, f"block_configs[{index}].", fields.faults, asked=fields.asked
+        )
         attention, ffn = entry.section("attention"), entry.section("ffn")
         if attention is None or ffn is None:
             entry.fault("attention" if attention is None else "ffn", "is missing")
             return Layers([])
-        for part in (attention, ffn):
-            refuse_others(part, _PRUNED)
         mixed, fed = _mixed(attention, size, heads, head_dim, bias), _fed(ffn, size, mlp_bias)
         if mixed is None or fed is None or fields.faults:
             return Layers([])

@@ -38,7 +38,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "qwen2_moe": Family(
         architecture="Qwen2MoeForCausalLM",
         read=Decoder(
-            qkv_bias=True,
+            qkv_bias=None,
             window="opt-in",
             kv_heads=16,
             experts_field="num_experts",
@@ -46,6 +46,8 @@ FAMILIES: Final[dict[str, Family]] = {
             shared_gate=True,
         ),
         modules=module_names(shared=within("mlp.shared_expert")),
+        implied={"attention_bias": True},
+        spelled={"attention_bias": "qkv_bias"},
         defaults=sizes(151936, 2048, 5632, 24, 16, 32768)
         | {"num_key_value_heads": 16, "sliding_window": 4096, "num_experts": 60, "num_experts_per_tok": 4}
         | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},

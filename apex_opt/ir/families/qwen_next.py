@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from apex_opt.ir.cells import Attention, AttentionCell, GatedAttention, GatedDelta
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, sizes, within
 from apex_opt.ir.families.decoder import Decoder, head_fields, layer_kinds
-from apex_opt.ir.families.states import refuse_others, state_bytes
+from apex_opt.ir.families.states import refuse, state_bytes
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class QwenNext:
         kinds = layer_kinds(fields, size.layers, ("full_attention", "linear_attention"))
         if kinds is None:
             kinds = ["linear_attention" if every and (i + 1) % every else "full_attention" for i in range(size.layers)]
-        refuse_others(fields, _KNOWN, "linear_")
+        refuse(fields, "output_gate_type", "swish", "sigmoid")
         ffns = self.ffn.ffns(fields, size)
         if fields.faults:
             return Layers([])
@@ -74,11 +74,6 @@ _LINEAR: Final = {
     "linear_num_value_heads": 32,
 }
 
-_KNOWN: Final = frozenset(_LINEAR) | {
-    *("linear_a_log_max", "linear_a_log_min", "linear_dt_max", "linear_dt_min", "linear_dt_init_floor"),
-    "linear_allow_neg_eigval",
-}
-
 FAMILIES: Final[dict[str, Family]] = {
     "olmo_hybrid": Family(
         architecture="OlmoHybridForCausalLM",
@@ -90,6 +85,7 @@ FAMILIES: Final[dict[str, Family]] = {
             "state out": ("linear_attn.o_proj",),
         },
         implied={"linear_conv_kernel_dim": 4},
+        idle=("linear_a_log_max", "linear_a_log_min", "linear_dt_max", "linear_dt_min", "linear_allow_neg_eigval"),
     ),
     "qwen3_next": Family(
         architecture="Qwen3NextForCausalLM",

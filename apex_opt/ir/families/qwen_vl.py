@@ -29,7 +29,7 @@ def _twins(fields: Fields, size: Sizes) -> Layers:
         return Layers([])
     alike: dict[str, object] = {"moe_intermediate_size": widths[0]}
     for name in ("moe_num_experts", "moe_layer_start_index", "moe_layer_end_index"):
-        value = fields.values.get(name)
+        value = fields.get(name)
         if not isinstance(value, list):
             continue
         if name == "moe_layer_end_index":  # may lie past the last layer

@@ -10,6 +10,7 @@ from apex_opt.ir.checks import shown
 from apex_opt.ir.families.base import Family, Layers, module_names, sizes, within
 from apex_opt.ir.families.decoder import Decoder, head_fields, latent_fields, layer_kinds
 from apex_opt.ir.families.listed import flags_of, kinds_of
+from apex_opt.ir.families.states import refuse
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from apex_opt.ir.fields import Fields
 
 _SCALE_BYTES: Final = 4
+_INDEX_NAMES: Final = ("index_n_heads", "index_head_dim", "index_topk_blocks", "index_block_size")
+"""Sizes of the indexer of MiniMax-M3 in files that `transformers` saved."""
 _HALF_BYTES: Final = 2
 
 
@@ -41,6 +44,7 @@ class SparseLatent:
             fields.fault("q_lora_rank", "is missing; the indexer's queries are projected from compressed ones")
         layer_kinds(fields, size.layers, ("deepseek_sparse_attention",))
         own = _own_indexer(fields, size.layers)
+        fields.idle("index_topk_freq", "index_skip_topk_offset")  # where layers are listed
         mixtures = kinds_of(fields, "mlp_layer_types", size.layers, {"dense": False, "sparse": True})
         ffns = self.ffns.ffns(fields, size, mixtures)
         if fields.faults:
@@ -86,6 +90,10 @@ def _minimax_m3(fields: Fields, size: Sizes) -> Layers:
     if kind not in ("", "per_head"):
         fields.fault("qk_norm_type", f"must be per_head, not {shown(kind)}")
     norm = fields.flag("use_qk_norm", default=True)
+    refuse(fields, "use_routing_bias", True)
+    # Of shared experts the width of all is read, of experts that of any; leading dense layers are listed as such.
+    fields.idle("use_gemma_norm", "n_shared_experts", "moe_intermediate_size", "first_k_dense_replace")
+    fields.idle("dense_intermediate_size")
     sparse, indexer = _block_indexer(fields, size, heads["kv_heads"])
     mixtures = kinds_of(fields, "mlp_layer_types", size.layers, {"dense": False, "sparse": True})
     if mixtures is None:
@@ -116,6 +124,9 @@ def _block_indexer(fields: Fields, size: Sizes, kv_heads: int) -> tuple[list[boo
     kv_heads : int      of attention, each of which has an index head of its own
     """
     section = fields.section("sparse_attention_config")
+    fields.idle(*_INDEX_NAMES, "index_local_blocks", "index_init_blocks")
+    if section is not None:
+        section.idle("sparse_local_block", "sparse_init_block", "sparse_score_type")
     kinds = kinds_of(fields, "layer_types", size.layers, {"full_attention": False, "minimax_m3_sparse": True})
     if section is not None and section.flag("use_sparse_attention", default=True):
         names = "sparse_num_index_heads", "sparse_index_dim", "sparse_topk_blocks", "sparse_block_size"
@@ -127,7 +138,7 @@ def _block_indexer(fields: Fields, size: Sizes, kv_heads: int) -> tuple[list[boo
             section.fault("sparse_disable_index_value", "has layers whose indexer adds a value, which is not supported")
     elif kinds is not None and any(kinds):
         section, sparse = fields, kinds
-        names = "index_n_heads", "index_head_dim", "index_topk_blocks", "index_block_size"
+        names = _INDEX_NAMES
     else:
         return [False] * size.layers, None
     heads, width, blocks, length = (section.count(name) for name in names)

@@ -17,32 +17,16 @@ from apex_opt.ir.cells import (
 from apex_opt.ir.checks import shown
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
 from apex_opt.ir.families.decoder import head_fields, layer_kinds
-from apex_opt.ir.families.states import refuse, refuse_others
+from apex_opt.ir.families.states import refuse
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
     from apex_opt.ir.fields import Fields
 
-MAMBA_FIELDS: Final = frozenset(
-    (
-        "mamba_n_heads",
-        "mamba_d_head",
-        "mamba_n_groups",
-        "mamba_d_state",
-        "mamba_d_conv",
-        "mamba_expand",
-        "mamba_chunk_size",
-        "mamba_dt_rank",
-        "mamba_conv_bias",
-        "mamba_proj_bias",
-        "mamba_inner_layernorms",
-    )
-)
-
 
 def _inner(fields: Fields, hidden: int, expand: str, heads: int, head_dim: int, names: tuple[str, str]) -> None:
     """Check that heads make up so many times the hidden width."""
-    factor = fields.values.get(expand, 2)
+    factor = fields.get(expand, 2)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
         fields.fault(expand, f"must be a number above 0, not {shown(factor)}")
     elif heads and head_dim and hidden and heads * head_dim != int(factor * hidden):
@@ -65,6 +49,7 @@ def read_mamba2(fields: Fields, size: Sizes) -> Layers:
         fields.fault("num_heads", f"{sizes['heads']} is not a multiple of n_groups {sizes['groups']}")
     bias, conv_bias = fields.flag("use_bias"), fields.flag("use_conv_bias", default=True)
     refuse(fields, "rms_norm", True)
+    fields.idle("time_step_rank", "norm_before_gate")
     if fields.faults:
         return Layers([])
     cell = Mamba2(hidden=size.hidden, bias=bias, conv_bias=conv_bias, **sizes)
@@ -74,11 +59,16 @@ def read_mamba2(fields: Fields, size: Sizes) -> Layers:
 def read_mamba1(fields: Fields, size: Sizes) -> Layers:
     """Layers of Mamba alone, each behind a norm."""
     sizes: dict[str, Any] = {
-        "inner": fields.count("intermediate_size", default=2 * size.hidden),
+        "inner": fields.count("intermediate_size", default=fields.count("expand", default=2) * size.hidden),
         "state": fields.count("state_size", default=16),
         "kernel": fields.count("conv_kernel", default=4),
         "rank": _rank(fields, "time_step_rank", size.hidden),
     }
+    refuse(fields, "rms_norm", True)
+    refuse(fields, "d_model", size.hidden)
+    refuse(fields, "d_inner", sizes["inner"])
+    refuse(fields, "n_layer", size.layers)
+    fields.idle("pad_vocab_size_multiple")
     bias, conv_bias = fields.flag("use_bias"), fields.flag("use_conv_bias", default=True)
     if fields.faults:
         return Layers([])
@@ -89,7 +79,7 @@ def read_mamba1(fields: Fields, size: Sizes) -> Layers:
 def _rank(fields: Fields, key: str, hidden: int) -> int:
     """Width that time steps are compressed to: "auto" is a sixteenth of the hidden one."""
     automatic = max(1, -(-hidden // 16))
-    return automatic if fields.values.get(key) == "auto" else fields.count(key, default=automatic)
+    return automatic if fields.get(key) == "auto" else fields.count(key, default=automatic)
 
 
 def read_granite(fields: Fields, size: Sizes) -> Layers:
@@ -101,7 +91,6 @@ def read_granite(fields: Fields, size: Sizes) -> Layers:
     mamba = mamba2_fields(fields, mamba_head(fields, size.hidden))
     attention_bias = fields.flag("attention_bias")
     refuse(fields, "position_embedding_type", "nope", "rope")
-    refuse_others(fields, MAMBA_FIELDS, "mamba_")
     refuse(fields, "normalization_function", "rmsnorm")
     experts, shared = fields.count("num_local_experts", default=0, minimum=0), fields.count("shared_intermediate_size")
     routed: dict[str, Any] = {}
@@ -120,7 +109,7 @@ def read_granite(fields: Fields, size: Sizes) -> Layers:
             hidden=size.hidden,
             qkv_bias=attention_bias,
             output_bias=attention_bias,
-            rotary=fields.values.get("position_embedding_type") == "rope",
+            rotary=fields.get("position_embedding_type") == "rope",
             **heads,
         ),
         "mamba": Mamba2(hidden=size.hidden, **mamba),
@@ -154,7 +143,7 @@ def mamba2_fields(fields: Fields, head_dim: int) -> dict[str, Any]:
 def mamba_head(fields: Fields, hidden: int) -> int:
     """Width of an SSM head: "auto" is what the expanded width leaves each."""
     heads, expand = fields.count("mamba_n_heads"), fields.count("mamba_expand", default=2)
-    if fields.values.get("mamba_d_head") in (None, "auto"):
+    if fields.get("mamba_d_head") in (None, "auto"):
         if heads and expand * hidden % heads:
             fields.fault("mamba_n_heads", f"{heads} does not divide mamba_expand times hidden_size {expand * hidden}")
         return expand * hidden // heads if heads else 0
@@ -175,7 +164,6 @@ def read_jamba(fields: Fields, size: Sizes) -> Layers:
         "rank": _rank(fields, "mamba_dt_rank", size.hidden),
     }
     bias, conv_bias = fields.flag("mamba_proj_bias"), fields.flag("mamba_conv_bias", default=True)
-    refuse_others(fields, MAMBA_FIELDS, "mamba_")
     width, experts = fields.count("intermediate_size"), fields.count("num_experts", default=16)
     per_token = fields.count("num_experts_per_tok", default=2)
     if experts and per_token > experts:

@@ -25,7 +25,7 @@ def state_bytes(fields: Fields, key: str, default: str = "auto") -> int:
     ------
     `mamba_utils.py` and `models/config.py` of vLLM 0.20.2.
     """
-    told = fields.values.get(key)
+    told = fields.get(key)
     if told is None:
         return _STATE_BYTES[default]
     if not isinstance(told, str) or told not in _STATE_BYTES:
@@ -43,21 +43,7 @@ def refuse(fields: Fields, key: str, *known: object) -> None:
     key : str     of the value
     known : what it may be
     """
-    value = fields.values.get(key)
+    value = fields.get(key)
     if value is not None and value not in known:
         may = ", ".join(one if isinstance(one, str) else shown(one) for one in known)
         fields.fault(key, f"{shown(value)} is not supported; supported: {may}")
-
-
-def refuse_others(fields: Fields, known: frozenset[str], *prefixes: str) -> None:
-    """Refuse fields of such names that are set and not known, as they may stand for a kind that is not described here.
-
-    Parameters
-    ----------
-    fields
-    known : set of str    fields that are read, or that change nothing of what is counted
-    prefixes : str        what the names begin with; none: any
-    """
-    for key, value in fields.values.items():
-        if value and key not in known and key.startswith(prefixes or ("",)):
-            fields.fault(key, "is not understood and may change what is counted; remove it if it does not")

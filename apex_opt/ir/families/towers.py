@@ -129,7 +129,7 @@ def _llava(whole: Fields, fields: Fields, hidden: int, *, siglip: bool = False) 
     if tower is None:
         return None
     width = fields.count("hidden_size")
-    if whole.values.get("model_type") == "clip":
+    if whole.get("model_type") == "clip":
         behind: tuple[Matrix, ...] = (Matrix("projection", whole.count("projection_dim"), width),)
     else:
         behind = _projector(whole, width, hidden)
@@ -144,9 +144,9 @@ def _pixtral(whole: Fields, fields: Fields, hidden: int) -> Tower | None:
     if not runs:
         return None
     beside = [_patches(fields, width, bias=False), Matrix("norms", width, 1)]
-    if "spatial_merge_size" in whole.values:
+    if whole.states("spatial_merge_size"):
         beside += [Matrix("norms", width, 1), Matrix("merger", width, width * merge**2)]
-    beside += _projector(whole, width, hidden, bias="spatial_merge_size" not in whole.values)
+    beside += _projector(whole, width, hidden, bias=not whole.states("spatial_merge_size"))
     heads = fields.count("num_attention_heads")
     return Tower(reads="images", runs=runs, beside=tuple(beside), heads=heads, merged=merge**2)
 

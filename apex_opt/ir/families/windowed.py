@@ -26,15 +26,17 @@ def _llama4(fields: Fields, size: Sizes) -> Layers:
     """Layers that see chunks of the context, and some without positions that see all of it; experts in some layers."""
     heads = head_fields(fields, size.hidden, 8)
     bias = fields.flag("attention_bias")
-    chunk = 0 if fields.values.get("attention_chunk_size", 0) is None else fields.count("attention_chunk_size")
-    turned = flags_of(fields, "no_rope_layers", size.layers) if fields.values.get("no_rope_layers") else None
+    fields.idle("attn_scale", "attn_temperature_tuning", "floor_scale", "use_qk_norm")  # norms without weights
+    chunk = 0 if fields.get("attention_chunk_size", 0) is None else fields.count("attention_chunk_size")
+    turned = flags_of(fields, "no_rope_layers", size.layers) if fields.get("no_rope_layers") else None
+    interval = fields.count("no_rope_layer_interval", default=4)
     if turned is None:
-        interval = fields.count("no_rope_layer_interval", default=4)
         turned = [(layer + 1) % max(interval, 1) != 0 for layer in range(size.layers)]
     chunks = kinds_of(fields, "layer_types", size.layers, {"full_attention": False, "chunked_attention": True})
     chunks = [bool(chunk) and sees for sees in (turned if chunks is None else chunks)]
     mixtures = _llama4_mixtures(fields, size.layers)
     width = fields.count("intermediate_size")
+    fields.idle("intermediate_size_mlp", "interleave_moe_layer_step")  # where layers do not ask for them
     dense_width = fields.count("intermediate_size_mlp") if not all(mixtures) else 0
     experts, topk = fields.count("num_local_experts"), fields.count("num_experts_per_tok")
     if experts and topk > experts:
@@ -88,6 +90,8 @@ def _step(fields: Fields, size: Sizes) -> Layers:
     Source: `transformers`, `step3p7`, whose class has the gate in every layer; vLLM, `models/step3p5.py`.
     """
     whole = head_fields(fields, size.hidden)
+    # Beside the names that are read, and limits of activations.
+    fields.idle("n_shared_experts", "n_routed_experts", "swiglu_limits", "swiglu_limits_shared")
     local = _step_local(fields, whole)
     drafted = fields.count("num_nextn_predict_layers", default=0, minimum=0, maximum=MAX_LAYERS)
     sees = kinds_of(fields, "layer_types", size.layers, _SEES, beyond=drafted)
@@ -110,7 +114,7 @@ def _step(fields: Fields, size: Sizes) -> Layers:
 
 def _step_local(fields: Fields, whole: dict[str, Any]) -> dict[str, Any]:
     """Heads of layers behind a window: those of all layers, less what the file says of them."""
-    if fields.values.get("num_sliding_attention_heads") is not None:
+    if fields.get("num_sliding_attention_heads") is not None:
         return whole | {"query_heads": fields.count("num_sliding_attention_heads")}
     section = fields.section("attention_other_setting")
     if section is None:
@@ -134,7 +138,7 @@ def listed_mixtures(fields: Fields, layers: int, dense_first: int) -> list[bool]
     layers : int        that the model has
     dense_first : int   dense layers before them where the file tells neither
     """
-    listed = fields.values.get("moe_layers_enum")
+    listed = fields.get("moe_layers_enum")
     listed = ",".join(map(str, listed)) if isinstance(listed, list) else fields.text("moe_layers_enum")
     if not listed:
         dense_first = fields.count("first_k_dense_replace", default=dense_first, minimum=0)
@@ -154,6 +158,7 @@ def _mimo_v2(fields: Fields, size: Sizes) -> Layers:
     Source: vLLM, `models/mimo_v2_flash.py`; names as in the file that the model was published with.
     """
     whole = head_fields(fields, size.hidden)
+    fields.idle("attention_chunk_size", "attention_value_scale")
     values = fields.count("v_head_dim", default=whole["head_dim"])
     sees = kinds_of(fields, "layer_types", size.layers, _SEES)
     if sees is None:
@@ -173,8 +178,8 @@ def _mimo_v2(fields: Fields, size: Sizes) -> Layers:
     if mixtures is None:
         fields.fault("moe_layer_freq", "is missing")
         mixtures = []
-    if fields.values.get("n_shared_experts"):
-        fields.fault("n_shared_experts", f"{shown(fields.values['n_shared_experts'])} is not supported")
+    if fields.get("n_shared_experts"):
+        fields.fault("n_shared_experts", f"{shown(fields.get('n_shared_experts'))} is not supported")
     bias = fields.flag("attention_bias")
     sinks = [fields.flag(f"add_{kind}_attention_sink_bias") for kind in ("full", "swa")]
     ffns = _MIMO_FFNS.ffns(fields, size, mixtures)
@@ -192,20 +197,17 @@ def _mimo_v2(fields: Fields, size: Sizes) -> Layers:
 def _exaone4(fields: Fields, size: Sizes) -> Layers:
     """Layers with norms after their cells; those that see all of the context have no positions beside windows."""
     heads = head_fields(fields, size.hidden, 32)
-    spelled = fields.values.get("sliding_window_pattern")
-    if fields.values.get("sliding_window") is None:
+    spelled = fields.get("sliding_window_pattern")
+    if fields.get("sliding_window") is None:
         windows: list[int | None] = [None] * size.layers
-    elif isinstance(spelled, str) and spelled and fields.values.get("layer_types") is None:
+    elif isinstance(spelled, str) and spelled and fields.get("layer_types") is None:
         # The pattern is repeated, but for the last layer, which sees all.
         local = kinds_of(fields, "sliding_window_pattern", 0, {"L": True, "G": False}) or [False]
         window = fields.count("sliding_window")
         windows = [window if local[layer % len(local)] else None for layer in range(size.layers)]
         windows[-1:] = [None] * (size.layers > 0)
     else:
-        values = {
-            key: value for key, value in fields.values.items() if key != "sliding_window_pattern" or value != spelled
-        }
-        kept = fields if not isinstance(spelled, str) else type(fields)(values, fields.prefix, fields.faults)
+        kept = fields.replaced({"sliding_window_pattern": None}) if isinstance(spelled, str) else fields
         windows = window_of_layers(kept, size.layers, "always", 4)
     return _behind_windows(fields, size, windows, heads, rotary_everywhere=not any(windows), qk_norm=True)
 
@@ -262,7 +264,7 @@ def _cohere(fields: Fields, size: Sizes) -> Layers:
     bias = fields.flag("attention_bias")
     norm = fields.flag("use_qk_norm") and not second
     windows = window_of_layers(fields, size.layers, "always", 4) if second else [None] * size.layers
-    if second and "sliding_window" not in fields.values:
+    if second and not fields.states("sliding_window"):
         fields.fault("sliding_window", "is missing")
     found = _behind_windows(
         fields,
@@ -343,6 +345,10 @@ FAMILIES: Final[dict[str, Family]] = {
             modules=module_names(),
             defaults=sizes(256000, 8192, 22528, 40, 64, 8192) | {"sliding_window": 4096},
             tied=True,
+            idle=(
+                *("use_gated_activation", "use_embedding_sharing", "use_parallel_block", "position_embedding_type"),
+                *("order_of_interleaved_layers", "layer_switch"),
+            ),
         )
         for name, architecture in (("cohere", "CohereForCausalLM"), ("cohere2", "Cohere2ForCausalLM"))
     },

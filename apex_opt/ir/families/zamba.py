@@ -8,7 +8,7 @@ from apex_opt.ir.cells import Ffn, Mamba2, SharedAttention, SharedFfn, Skipped
 from apex_opt.ir.checks import count_fault
 from apex_opt.ir.families.base import Family, Layers, module_names
 from apex_opt.ir.families.listed import kinds_of
-from apex_opt.ir.families.states import refuse, refuse_others
+from apex_opt.ir.families.states import refuse
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from apex_opt.ir.fields import Fields
 
 _KINDS: Final = {"mamba": False, "hybrid": True}
-_MAMBA: Final = frozenset(("mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_ngroups", "mamba_headdim"))
 
 
 def _hybrids(fields: Fields, layers: int) -> list[bool]:
@@ -42,7 +41,12 @@ def read(fields: Fields, size: Sizes) -> Layers:
     Source: `transformers` and vLLM, `models/zamba2.py`.
     """
     heads, inner = fields.count("num_attention_heads"), fields.count("mamba_expand", default=2) * size.hidden
-    refuse(fields, "num_key_value_heads", heads)
+    for key in ("num_key_value_heads", "num_query_groups"):
+        refuse(fields, key, heads)
+    refuse(fields, "attention_hidden_size", 2 * size.hidden)
+    refuse(fields, "use_conv_bias", True)
+    refuse(fields, "gated_linear_unit", True)
+    fields.idle("kv_channels", "hybrid_layer_ids", "use_long_context")  # beside attention_head_dim, and a list of kinds
     head_dim = fields.count("attention_head_dim", default=2 * size.hidden // heads if heads else 0)
     states, groups = fields.count("n_mamba_heads", default=8), fields.count("mamba_ngroups", default=1)
     if states and inner % states:
@@ -59,7 +63,6 @@ def read(fields: Fields, size: Sizes) -> Layers:
         "chunk": fields.count("chunk_size", default=256),
         "bias": fields.flag("add_bias_linear"),
     }
-    refuse_others(fields, _MAMBA, "mamba_")
     hybrids, blocks = _hybrids(fields, size.layers), fields.count("num_mem_blocks", default=1)
     rank = fields.count("adapter_rank", default=128)
     adapted, rotary = fields.flag("use_shared_attention_adapter"), fields.flag("use_mem_rope")
