@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Tables are as wide as what is shown in documents, whatever terminal the tests run in.
 os.environ["COLUMNS"] = "120"
+
+# Where bytecode is not to be kept, each of the hundred processes that tests start would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # No deadline: the first example of a property may have to wait for the kernel to compile.
 settings.register_profile("local", deadline=None)

@@ -138,22 +138,6 @@ def test_a_process_that_dies_takes_no_other_item_with_it(tmp_path: Path) -> None
     assert found == {0: 0, 2: 4, 3: 9, 4: 16, 5: 25}
 
 
-def test_an_interruption_ends_workers_too_in_one_line() -> None:
-    code = (
-        "import time\nfrom apex_opt.process import end_on_signals\nfrom apex_opt.grids.workers import Processes\n"
-        "if __name__ == '__main__':\n"
-        "    end_on_signals()\n    workers = Processes(1)\n    workers.put(abs, 1)\n    workers.take()\n"
-        "    workers.put(time.sleep, 60)\n    print('at work', flush=True)\n    workers.take()\n"
-    )
-    words = [sys.executable, "-c", code]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as program:
-        assert program.stdout is not None
-        assert program.stdout.readline() == "at work\n"
-        program.send_signal(signal.SIGINT)
-        _, err = program.communicate(timeout=60)
-    assert (program.returncode, err.strip().splitlines()) == (130, ["error: interrupted"])
-
-
 def test_the_command_lists_answers_and_refuses(path: Path, tmp_path: Path) -> None:
     listed = run("study", str(path), "--dry_run")
     assert listed.code == 3 and listed.out.count("failed") == 3  # those whose model nothing has

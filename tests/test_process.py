@@ -122,6 +122,25 @@ def test_an_interruption_ends_the_program_wherever_it_is(where: str) -> None:
     ended(running)
 
 
+def test_an_interruption_ends_workers_too_and_in_one_line() -> None:
+    running = started(
+        code="""
+        import sys, time
+        from apex_opt.grids.workers import Processes
+        workers = Processes(1)
+        workers.put(abs, 1)
+        workers.take()
+        workers.put(time.sleep, 600)
+        print("begun", file=sys.stderr, flush=True)
+        workers.take()
+        """
+    )
+    until(running, "begun")
+    running.send_signal(signal.SIGINT)
+    _, error = running.communicate(timeout=300)  # a worker that sleeps on would hold on to the stream for longer
+    assert (running.returncode, error) == (130, "error: interrupted\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals_end_the_program_too(number: signal.Signals) -> None:
     running = started(code=BUSY["a pool of threads"])

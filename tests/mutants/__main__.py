@@ -75,7 +75,7 @@ def find(fault: Fault, whole: Path, copy: Path) -> str | None:
         path.write_text(path.read_text().replace(fault.old, fault.new))
         words = ["-m", "pytest", "-x", "-n", "0", "-q", "-p", "no:cacheprovider", "--tb=no"]
         tests = [f"tests/{test}" for test in fault.tests]
-        environment = os.environ | {"HYPOTHESIS_PROFILE": "mutants", "CI": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {"HYPOTHESIS_PROFILE": "mutants", "CI": "1"}
         ran = subprocess.run(
             [sys.executable, *words, *tests],
             cwd=copy,
