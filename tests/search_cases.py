@@ -209,7 +209,7 @@ def every_of(place: int) -> tuple[Scored, ...]:
 def every(problem: Problem) -> list[Scored]:
     """Every deployment of a problem, simulated to its end."""
     scorer = Scorer(problem)
-    return [scorer.simulate(deployment) for deployment in deployments(problem)]
+    return [scorer.simulate(deployment) for deployment in deployments(problem, scorer)]
 
 
 def pools_of(problem: Problem) -> list[list[Pool]]:
@@ -220,14 +220,15 @@ def pools_of(problem: Problem) -> list[list[Pool]]:
     ]
 
 
-def deployments(problem: Problem) -> Iterator[Deployment]:
+def deployments(problem: Problem, scorer: Scorer | None = None) -> Iterator[Deployment]:
     """Every deployment of a problem: on one type, on several side by side, and pipelines over two."""
+    scorer = scorer or Scorer(problem)
     pools = pools_of(problem)
     sides = chain.from_iterable(combinations(pools, size) for size in range(1, len(pools) + 1))
     for side in sides:
         for some in product(*side):
             found = Deployment(pools=some)
-            if found.devices <= problem.max_devices and (len(some) == 1 or served(problem, found)):
+            if found.devices <= problem.max_devices and (len(some) == 1 or served(scorer, found)):
                 yield found
     yield from pipes(problem)
 
@@ -270,9 +271,9 @@ def pipes(problem: Problem) -> Iterator[Deployment]:
                     yield Deployment.of(plan)
 
 
-def served(problem: Problem, deployment: Deployment) -> bool:
+def served(scorer: Scorer, deployment: Deployment) -> bool:
     """Whether the dealing leaves a request, and in a closed loop a client, for each pool."""
-    scorer, pools, trace = Scorer(problem), deployment.pools, problem.trace
+    pools, trace = deployment.pools, scorer.problem.trace
     weights = [scorer.weight(pool, scorer.facts_of(pool)) for pool in pools]
     owner = dealt(np.array([weights]), len(trace))[0]
     return set(owner.tolist()) == set(range(len(pools))) and (trace.concurrency or len(pools)) >= len(pools)
