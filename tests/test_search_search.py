@@ -240,7 +240,8 @@ def exact(place: int) -> Problem:
     return replace(problem, objective=aims[0], then=tuple(aims[1:]))
 
 
-@pytest.mark.parametrize("place", [*PLACES][::2])
+# That more to choose from never makes the best worse follows where the best are those of simulating everything.
+@pytest.mark.parametrize("place", [*PLACES][::6])
 def test_a_spare_gpu_never_makes_the_best_worse(place: int) -> None:
     problem = exact(place)
     most = sum(offer.free for offer in problem.offers)
@@ -248,7 +249,7 @@ def test_a_spare_gpu_never_makes_the_best_worse(place: int) -> None:
     assert found == sorted(found, reverse=True)
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if ROWS[place]["shape"] != "single"])
+@pytest.mark.parametrize("place", [place for place in PLACES if ROWS[place]["shape"] != "single"][::5])
 def test_a_further_type_of_gpu_never_makes_the_best_worse(place: int) -> None:
     problem = exact(place)
     found = []
@@ -260,7 +261,7 @@ def test_a_further_type_of_gpu_never_makes_the_best_worse(place: int) -> None:
     assert found == sorted(found, reverse=True)
 
 
-@pytest.mark.parametrize("place", [place for place in PLACES if ROWS[place]["shape"] != "single"][::3])
+@pytest.mark.parametrize("place", [place for place in PLACES if ROWS[place]["shape"] != "single"][::6])
 def test_the_best_costs_the_same_with_the_types_in_another_order(place: int) -> None:
     # How requests are dealt, and so what pools side by side cost, may depend on their order; here it does not.
     problem = exact(place)
@@ -274,7 +275,7 @@ def test_the_best_costs_the_same_with_the_types_in_another_order(place: int) -> 
     )
 
 
-@pytest.mark.parametrize("place", [*PLACES][::4])
+@pytest.mark.parametrize("place", [*PLACES][::8])
 def test_the_answer_does_not_depend_on_the_number_of_cores_nor_on_the_run(
     place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
