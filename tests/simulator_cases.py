@@ -46,9 +46,9 @@ TRAFFIC: Final[tuple[Traffic, ...]] = get_args(Traffic)
 IMPLEMENTATIONS: Final[tuple[Implementation, ...]] = ("reference", "kernel")
 REPLAYED: Final = pytest.mark.parametrize(
     ("implementation", "every"),
-    [("kernel", 1), ("reference", 5), pytest.param("reference", 1, marks=pytest.mark.nightly)],
+    [("kernel", 1), ("reference", 20), pytest.param("reference", 1, marks=pytest.mark.nightly)],
 )
-"""Recorded cases are replayed by the kernel and, but for the night, every fifth by the reference, which is slow."""
+"""Recorded cases are replayed by the kernel and, but for the night, every twentieth by the reference, which is slow."""
 EXACT: Final = 12 << RATE_BITS
 """Rates that are multiples of this neither round nor, with up to 4 attention copies, leave a remainder."""
 

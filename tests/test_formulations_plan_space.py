@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from apex_opt.ir import Model
     from apex_opt.search.space import Enumeration
 
-SEEDS = range(60)
+SEEDS = range(40)
 SPACE = PlanSpace()
 CASES = Path(__file__).parent / "cases" / "models"
 

@@ -39,7 +39,7 @@ SERVICE_NS = 1000
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("examples", [30, pytest.param(500, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("examples", [20, pytest.param(500, marks=pytest.mark.nightly)])
 def test_kernel_equals_reference_on_random_engines(loop: Loop, traffic: Traffic, examples: int) -> None:
     @settings(max_examples=examples)
     @given(cases(loop, traffic))

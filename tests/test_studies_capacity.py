@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from apex_opt.studies.capacity_answer import Capacity
 
 SPACE = PlanSpace()
-SEEDS = range(12)
+SEEDS = range(8)
 COARSE = 0.5
 
 

@@ -20,9 +20,9 @@ from formulations.plan_space import PlanSpace
 
 NAMES = names()
 
-SEEDS = range(300, 324)
-MORE = [pytest.param(seed, marks=pytest.mark.nightly) for seed in range(324, 460)]
-MORE_MIXED = [pytest.param(seed, marks=pytest.mark.nightly) for seed in range(8, 60)]
+SEEDS = range(312, 324)
+MORE = [pytest.param(seed, marks=pytest.mark.nightly) for seed in (*range(300, 312), *range(324, 460))]
+MORE_MIXED = [pytest.param(seed, marks=pytest.mark.nightly) for seed in range(4, 60)]
 SPACE = PlanSpace()
 
 
@@ -70,7 +70,7 @@ def test_the_front_is_what_comparing_every_plan_with_every_other_gives(seed: int
         assert any(dominates(winner, mine) or winner == mine for winner in winners)
 
 
-@pytest.mark.parametrize("seed", [*range(8), *MORE_MIXED])
+@pytest.mark.parametrize("seed", [*range(4), *MORE_MIXED])
 def test_the_front_over_two_types_of_gpu_is_what_comparing_every_deployment_gives(seed: int) -> None:
     objectives, problem = some_objectives(seed), random_mixed(seed)
     front = pareto(problem, objectives, SPACE)

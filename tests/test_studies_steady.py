@@ -103,7 +103,7 @@ def test_a_goal_on_the_longest_waits_ends_where_the_formula_says(load: float, fo
     assert 0.9 * load < best.rate_per_s * service_s() < 1.01 * load
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("load", [1.0, 1.002, 1.01, 1.1, 3.0])
 def test_an_unstable_rate_is_never_called_sustained(seed: int, load: float) -> None:
     problem = queue("ttft_p95<=500min", n=300, seed=seed)
