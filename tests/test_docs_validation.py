@@ -30,7 +30,11 @@ def _errors(label: str, figures: Iterable[str], summary: Mapping[str, Mapping[st
 
 @pytest.mark.slow
 @pytest.mark.data
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    "name",
+    # The closed loops, more than a thousand runs, take half a minute.
+    [pytest.param(name, marks=pytest.mark.nightly if name == "closed loops" else ()) for name in SETS],
+)
 def test_the_errors_shown_are_those_that_validate_finds(name: str) -> None:
     path = MEASURED / SETS[name]
     if not path.exists():

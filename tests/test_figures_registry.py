@@ -337,7 +337,8 @@ def test_a_new_figure_is_bounded_and_finds_what_brute_force_finds(entry: Figure,
         value = float(np.median([run.metrics.value(metric, which) for run in runs]))
         goal = Goal(metric=metric, statistic=which, limit=value)
         limited = replace(problem, slos=(goal,), objective=load_objective("e2e_mean"), then=())
-        check_best(limited, [Scorer(limited).simulate(one.deployment) for one in everything])
+        scorer = Scorer(limited, like=scorer)
+        check_best(limited, [scorer.simulate(one.deployment) for one in everything])
 
 
 def check_best(problem: Problem, runs: Sequence[Scored]) -> None:

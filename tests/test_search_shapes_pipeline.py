@@ -112,11 +112,11 @@ def test_no_pipeline_is_better_than_its_bound_before_its_layers_are_split(object
 
 def test_a_plan_that_is_given_is_bounded_as_its_split_is() -> None:
     problem = pair(2, 2)
-    facts = facts_of(problem)
+    facts, scorer = facts_of(problem), Scorer(problem)
     for plan in every(problem):
         (alike,) = facts.alike(plan.times(1), (plan.replicas,))
         bounds, possible = judged(facts.floors(alike), problem.objectives, ())
-        assert (tuple(bounds[0]), bool(possible[0])) == Scorer(problem).bounds(Deployment.of(plan))
+        assert (tuple(bounds[0]), bool(possible[0])) == scorer.bounds(Deployment.of(plan))
 
 
 def test_a_model_too_large_for_either_type_is_served_by_both() -> None:

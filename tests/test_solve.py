@@ -47,7 +47,7 @@ def test_a_process_answers_with_its_exit_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("models",), ("plan", "--help"), ("simulate", "--plan=tp1", *CHEAP, "--format=json")]
+    "words", [("clusters",), ("plan", "--help"), ("simulate", "--plan=tp1", *CHEAP, "--format=json")]
 )
 def test_a_reader_that_leaves_early_is_no_error(words: tuple[str, ...]) -> None:
     script = f"set -o pipefail; {sys.executable} solve.py {' '.join(repr(word) for word in words)} | head -1"
@@ -68,18 +68,18 @@ def test_a_reader_that_leaves_early_is_no_error(words: tuple[str, ...]) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_said_in_one_line() -> None:
     with open("/dev/full", "w") as full:
-        ran = shell("models", "--format=json", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+        ran = shell("clusters", "--format=json", capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert ran.returncode == 2
     assert ran.stderr == "error: standard output cannot be written (No space left on device); write to another place\n"
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
 def test_closed_streams_do_no_harm(closed: str) -> None:
-    script = f"{sys.executable} solve.py models {closed}"
+    script = f"{sys.executable} solve.py clusters {closed}"
     ran = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert ran.returncode == 0
     assert ran.stderr == ""
-    assert ("llama" in ran.stdout) == (closed == "2>&-")
+    assert ("h100-sxm" in ran.stdout) == (closed == "2>&-")
 
 
 def test_a_name_of_any_bytes_can_be_printed(tmp_path: Path) -> None:
