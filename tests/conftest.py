@@ -47,6 +47,17 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="module")
+def short_rates() -> Generator[None]:
+    """Rates held for 2,000 requests rather than 20,000: the search and what it is compared with hold them alike."""
+    from apex_opt.workload.steady import loops_of
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apex_opt.studies.steady.loops_of", lambda trace: loops_of(trace, 2_000))
+        patch.setattr("apex_opt.studies.steady.TOLD", 1_000)
+        yield
+
+
 def pytest_configure() -> None:
     if gone := [name for name in LONGEST if not Path(__file__).with_name(f"test_{name}.py").is_file()]:
         raise pytest.UsageError(f"LONGEST in tests/conftest.py names files that there are not: {', '.join(gone)}")

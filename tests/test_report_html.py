@@ -35,7 +35,7 @@ HOSTILE = "</script><script>window.broken=1</script><img src=x onerror='window.b
 
 
 @pytest.fixture(scope="module")
-def answers() -> dict[str, Result]:
+def answers(short_rates: None) -> dict[str, Result]:
     return {
         "plan": apex_opt.plan(**SMALL, slo="ttft_p95<=1s", top=3),
         "pareto": apex_opt.pareto(**SMALL, objective="e2e_mean,energy"),

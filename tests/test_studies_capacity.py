@@ -33,12 +33,10 @@ from apex_opt.studies.capacity import fewest_gpus, highest_rate
 from apex_opt.studies.rates import Grid
 from apex_opt.studies.steady import DOUBLINGS, Steady
 from apex_opt.workload import make_trace
-from apex_opt.workload.steady import loops_of, rate_of
+from apex_opt.workload.steady import rate_of
 from formulations.plan_space import PlanSpace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from apex_opt.search import Problem
     from apex_opt.search.ledger import Part
     from apex_opt.studies.capacity_answer import Capacity
@@ -47,14 +45,7 @@ SPACE = PlanSpace()
 SEEDS = range(8)
 COARSE = 0.5
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _short() -> Iterator[None]:
-    """Rates held for 2,000 requests rather than 20,000: the search and what it is compared with hold them alike."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apex_opt.studies.steady.loops_of", lambda trace: loops_of(trace, 2_000))
-        patch.setattr("apex_opt.studies.steady.TOLD", 1_000)
-        yield
+pytestmark = pytest.mark.usefixtures("short_rates")
 
 
 @cache
