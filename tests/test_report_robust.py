@@ -121,8 +121,10 @@ def test_several_types_of_gpu_and_tolerances_are_told_as_well() -> None:
 SMALL = ("--model=llama-3.1-8b", "--cluster=2xl40s", "--trace=poisson:rate=2,n=30,prompt=300,output=20", "--robust")
 
 
-def test_a_capacity_tells_what_takes_its_place_and_rates_have_no_known_error() -> None:
-    words = ("capacity", *SMALL, "--slo=ttft_p95<=200ms", "--resolution=0.2")
+@pytest.mark.usefixtures("short_rates")
+def test_a_capacity_tells_what_takes_its_place_and_rates_have_no_known_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apex_opt.studies.robust.STEPS", 7)
+    words = ("capacity", *SMALL, "--slo=ttft_p95<=200ms", "--resolution=0.5")
     document = json.loads(ONCE.run(*words, "--format=json").out)
     page = " ".join(ONCE.run(*words).out.split())
     robust = document["robust"]
