@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 LONGEST = (
-    *("frozen", "cli", "search_search", "readme", "search_bounds_isolated", "studies_check", "studies_capacity"),
-    *("formulations_plan_space", "studies_explain", "studies_steady", "simulator_kernel", "simulator_replay"),
-    *("studies_pareto", "profiles_operations", "docs_clusters", "simulator_handover", "figures_stops"),
-    *("docs_examples", "packaging", "figures_registry", "solve", "cost_model", "simulator_speculative"),
+    *("frozen", "cli", "search_search", "studies_explain", "docs_robust", "studies_check", "studies_capacity"),
+    *("profiles_operations", "simulator_handover", "simulator_kernel", "docs_pools", "process", "studies_steady"),
+    *("formulations_plan_space", "search_bounds_isolated", "docs_examples", "docs_tour", "cost_model", "figures_stops"),
+    *("solve", "docs_clusters", "packaging", "simulator_replay", "docs_adding", "report_html", "simulator_speculative"),
+    *("figures_registry", "report_robust", "readme", "formulations_placement", "search_best_first", "studies_pareto"),
 )
 """Files that take long, by `--cpu`: the workers begin with them, so that none is left with a long one at the end."""
 
