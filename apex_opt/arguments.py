@@ -129,8 +129,9 @@ class Ask(Setup):
         pdmux for SGLang's multiplexing, pdmux:72/60 for one division of it, in multiprocessors. By default what
         --runnable can start, or with any a few of each (docs/phases.md).
     overlap : What plans may overlap: none, two_batches, which splits a forward of attention copies into two halves, one
-        of which computes while the other sends tokens to their experts (vLLM's DBO, SGLang's TBO), or both with a
-        comma between them to choose from (docs/overlap.md).
+        of which computes while the other sends tokens to their experts (vLLM's DBO, SGLang's TBO), nano_batches, with
+        which arithmetic, memory and links work at one time (NanoFlow's, with --runnable=any alone), or several with
+        commas between them to choose from (docs/overlap.md).
     handover : What it takes to hand a prompt from one pool to another, such as proxy_us=2000,rate_share=0.5; also
         notice_us, post_us and descriptor_us. By default as published for the engine.
     chunked_prefill : Whether a prompt may be split over batches: true or false; by default the engine's.

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from apex_opt.engines.overlap import NANO
 from apex_opt.engines.rules import PLAIN, Held
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import UsageError
 from apex_opt.ir.formats import FORMATS, KV_BYTES, get_format, is_format
 from apex_opt.plans.allotment import allotted
@@ -241,16 +243,22 @@ def _sharing(instance: Instance, plan: Plan) -> Iterator[str]:
 
 
 def overlap_faults(instance: Instance, plan: Plan) -> Iterator[str]:
-    """Why the forwards of the plan cannot be split into two halves."""
+    """Why the forwards of the plan cannot overlap as it says."""
     if plan.overlap is None:
         return
     what, name = f"overlap={plan.overlap}", instance.settings.scheduler.name
-    if instance.settings.scheduler.splitting is None:
-        yield f"{what}: {name} splits no forward"
-    if plan.attention.dp == 1:
-        yield f"{what}: forwards are split of several attention copies, the plan has one"
-    if plan.ffn.ep != plan.stage_devices or plan.ffn.ep == 1:
-        yield f"{what}: each GPU of a stage has experts of its own to send to, the plan has ffn({plan.ffn})"
+    if plan.overlap == NANO:
+        if not isinstance(instance.settings.scheduler, VllmScheduling):
+            yield f"{what}: it is modelled with the scheduler of vllm, not with {name}"
+        if plan.attention.dp > 1:
+            yield f"{what}: it is modelled with one attention copy, the plan has {plan.attention.dp}"
+    else:
+        if instance.settings.scheduler.splitting is None:
+            yield f"{what}: {name} splits no forward"
+        if plan.attention.dp == 1:
+            yield f"{what}: forwards are split of several attention copies, the plan has one"
+        if plan.ffn.ep != plan.stage_devices or plan.ffn.ep == 1:
+            yield f"{what}: each GPU of a stage has experts of its own to send to, the plan has ffn({plan.ffn})"
     if plan.stages > 1:
         yield f"{what}: it is modelled on one pipeline stage, the plan has {plan.stages}"
     if plan.speculation is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from apex_opt.arguments import ExplainAsk
-from apex_opt.engines.overlap import OVERLAPS, without_kernels
+from apex_opt.engines.overlap import NANO, NANO_SOURCE, OVERLAPS, TWO, without_kernels
+from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import UnknownNameError, UsageError
 from apex_opt.plans.acceptance import parse_speculation
 from apex_opt.plans.allotment import allotted
@@ -13,7 +14,7 @@ from apex_opt.plans.plan import parse_plan
 from apex_opt.serving import plans_pools
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from apex_opt.arguments import Ask
     from apex_opt.cluster.types import Cluster
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 _NONE = "none"
 
 
-def plans_overlap(ask: Ask) -> bool:
-    """Whether a plan is asked about whose forwards are split."""
-    return any(f"overlap={name}" in str(getattr(ask, "plan", "")).lower() for name in OVERLAPS)
+def plans_overlap(ask: Ask) -> tuple[str, ...]:
+    """What the plans that are asked about overlap."""
+    return tuple(name for name in OVERLAPS if f"overlap={name}" in str(getattr(ask, "plan", "")).lower())
 
 
 def overlaps_of(
@@ -51,23 +52,25 @@ def overlaps_of(
             raise UnknownNameError("overlap", name[:60], (_NONE, *OVERLAPS), alike=False)
     if len(set(chosen)) < len(chosen):
         raise UsageError(f"--overlap: {ask.overlap!r:.60} names one twice")
-    if isinstance(ask, ExplainAsk) and plans_overlap(ask):
-        chosen += [name for name in OVERLAPS if name not in chosen]  # it is compared with what a search would find
-    if _NONE in chosen and "aggregated" not in serving and plans_pools(ask) and not plans_overlap(ask):
-        return (None,)  # pools are among what is to choose from, and split no forward
-    if chosen != [_NONE] or plans_overlap(ask):
-        what = ",".join(name for name in chosen if name != _NONE) or OVERLAPS[0]
-        if fault := _fault(settings, model, serving, clusters):
-            raise UsageError(f"--overlap={what}: {fault}")
-        if _NONE not in chosen and tuple(serving) == ("aggregated",) and _only_drafts(ask):
-            raise UsageError(
-                f"--overlap={what}: it is modelled without drafts, and --speculation={ask.speculation:.60} has every "
-                "plan make some; give --speculation=none, or --overlap=none"
-            )
+    planned = plans_overlap(ask)
+    if isinstance(ask, ExplainAsk):
+        chosen += [name for name in planned if name not in chosen]  # it is compared with what a search would find
+    if _NONE in chosen and "aggregated" not in serving and plans_pools(ask) and not planned:
+        return (None,)  # pools are among what is to choose from, and overlap nothing
+    wanted = [name for name in OVERLAPS if name in chosen or name in planned]
+    for name in wanted:
+        fault = _of_one_type(settings, model, serving, clusters)
+        if fault := (_no_nano(settings) if name == NANO else _no_halves(settings, model, clusters)) or fault:
+            raise UsageError(f"--overlap={name}: {fault}")
+    if wanted and _NONE not in chosen and tuple(serving) == ("aggregated",) and _only_drafts(ask):
+        raise UsageError(
+            f"--overlap={','.join(wanted)}: it is modelled without drafts, and --speculation={ask.speculation:.60} has "
+            "every plan make some; give --speculation=none, or --overlap=none"
+        )
     if others := [kind for kind in serving if kind != "aggregated" and _NONE not in chosen]:
         raise UsageError(
-            f"--overlap={ask.overlap}: only plans whose forwards are split, and --serving has {' and '.join(others)}, "
-            "which split none; leave these out, or add none to --overlap"
+            f"--overlap={ask.overlap}: only plans that overlap, and --serving has {' and '.join(others)}, which do "
+            "not; leave these out, or add none to --overlap"
         )
     return tuple(None if name == _NONE else name for name in chosen)  # type: ignore[misc]  # they are looked at above
 
@@ -80,9 +83,20 @@ def _only_drafts(ask: Ask) -> bool:
     return isinstance(ask, ExplainAsk) or not ("spec=none" in words or f"overlap={_NONE}" in words)
 
 
-def _fault(
-    settings: EngineSettings, model: Model, serving: Sequence[Serving], clusters: Sequence[Cluster]
-) -> str | None:
+def _no_nano(settings: EngineSettings) -> str | None:
+    """Why operations cannot run side by side; None where they can."""
+    rules, scheduler = settings.runnable, settings.scheduler
+    if not isinstance(scheduler, VllmScheduling):
+        return f"it is modelled with the scheduler of vllm, not with {scheduler.name}; use --engine=vllm"
+    if rules is not None:
+        return (
+            f"{rules.release} does not run operations that ask for different resources at one time, nor does any other "
+            "engine here; --runnable=any shows what NanoFlow's would gain"
+        )
+    return None
+
+
+def _no_halves(settings: EngineSettings, model: Model, clusters: Sequence[Cluster]) -> str | None:
     """Why no forward can be split into two batches; None where some can."""
     rules, scheduler = settings.runnable, settings.scheduler
     if not model.is_moe:
@@ -96,23 +110,39 @@ def _fault(
             f"{rules.release} splits forwards of {some} models, not of {model.family or 'such'}; use --engine=vllm, or "
             "--runnable=any to see what that would gain"
         )
-    if "aggregated" not in serving:
-        return "forwards are split of replicas that do both phases of requests; add --serving=aggregated"
-    if len(clusters) > 1:
-        return "it is modelled on GPUs of one type; give a cluster of one"
     if rules is not None and (why := without_kernels(clusters[0])) is not None:
         return f"{why}, and {rules.release} splits forwards with them; --runnable=any shows what that would gain"
-    if allotted(model, parse_plan("tp1", model), settings).groups:
-        return f"layers of {model.name} keep different things, of which halves are not simulated"
     return None
 
 
-def about_overlap(settings: EngineSettings, *, asked: bool) -> tuple[str, ...]:
-    """Where the times of two batches are from, where a plan may have them."""
-    splitting = settings.scheduler.splitting
-    if splitting is None or not asked:
-        return ()
-    graphs = "" if splitting.graphs else "; with the kernels that it takes the engine runs from no CUDA graph"
-    return (
-        f"two batches: when a forward is split was read in the engine's sources, what halves take is derived{graphs}",
-    )
+def _of_one_type(
+    settings: EngineSettings, model: Model, serving: Sequence[Serving], clusters: Sequence[Cluster]
+) -> str | None:
+    """What neither way to overlap is modelled with; None where there is nothing such."""
+    if "aggregated" not in serving:
+        return "it is of replicas that do both phases of requests; add --serving=aggregated"
+    if len(clusters) > 1:
+        return "it is modelled on GPUs of one type; give a cluster of one"
+    if allotted(model, parse_plan("tp1", model), settings).groups:
+        return f"layers of {model.name} keep different things, with which it is not simulated"
+    return None
+
+
+def about_overlap(settings: EngineSettings, asked: Collection[str | None]) -> tuple[str, ...]:
+    """Where the times of what plans may overlap are from.
+
+    Parameters
+    ----------
+    settings
+    asked : what they may
+    """
+    found, splitting = [], settings.scheduler.splitting
+    if TWO in asked and splitting is not None:
+        graphs = "" if splitting.graphs else "; with the kernels that it takes the engine runs from no CUDA graph"
+        found.append(
+            "two batches: when a forward is split was read in the engine's sources, what halves take is "
+            f"derived{graphs}"
+        )
+    if NANO in asked:
+        found.append(f"nano-batches: {NANO_SOURCE}; no engine here runs them")
+    return tuple(found)

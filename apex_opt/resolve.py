@@ -138,7 +138,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     elif ask.shares is not None:
         raise UsageError("--shares is of phases side by side on a GPU; give --serving=shared, or leave it out")
     overlaps = overlaps_of(ask, settings, model, serving, clusters)
-    notes = (*notes, *about_overlap(settings, asked=any(overlaps) or plans_overlap(ask)))
+    notes = (*notes, *about_overlap(settings, {*overlaps, *plans_overlap(ask)}))
     offers = []
     for cluster, tree in zip(clusters, trees, strict=True):
         weight_formats, kv_formats = _formats(ask, model, cluster.gpu)

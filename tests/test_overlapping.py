@@ -31,7 +31,11 @@ def test_the_choice_is_what_is_named_and_none_by_default() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({"overlap": "nanoflow"}, UnknownNameError, "unknown overlap 'nanoflow'; known: none, two_batches"),
+        (
+            {"overlap": "nano"},
+            UnknownNameError,
+            "unknown overlap 'nano'; known: nano_batches, none, two_batches",
+        ),
         ({"overlap": "none,none"}, UsageError, "names one twice"),
         ({"model": "llama-3.1-8b"}, UsageError, "llama-3.1-8b has no experts that tokens are sent to"),
         ({"engine": "trtllm"}, UsageError, "does not split a forward into two batches; use --engine=vllm or"),
@@ -52,6 +56,22 @@ def test_the_choice_is_what_is_named_and_none_by_default() -> None:
         ({"cluster": "1xh100-sxm+1xh200-sxm"}, UsageError, "give a cluster of one"),
         ({"model": "gpt-oss-20b"}, UsageError, "layers of gpt-oss-20b keep different things"),
         ({"overlap": "two_batches", "speculation": "ngram:2"}, UsageError, "without drafts, .*give --speculation=none"),
+        (
+            {"overlap": "nano_batches"},
+            UsageError,
+            "vLLM 0.20 does not run .* nor does any other .*; --runnable",
+        ),
+        ({"overlap": "nano_batches", "engine": "sglang"}, UsageError, "of vllm, not with sglang; use --engine=vllm"),
+        (
+            {"overlap": "none,nano_batches", "runnable": "any", "cluster": "1xh100-sxm+1xh200-sxm"},
+            UsageError,
+            "--overlap=nano_batches: .*give a cluster of one",
+        ),
+        (
+            {"overlap": "none,nano_batches", "runnable": "any", "model": "gpt-oss-20b"},
+            UsageError,
+            "layers of gpt-oss-20b keep different things",
+        ),
     ],
 )
 def test_what_cannot_be_overlapped_is_refused_in_a_line(
@@ -82,7 +102,7 @@ def test_drafts_and_overlap_go_together_where_one_of_them_may_be_left_out() -> N
 
 
 def test_a_plan_whose_overlap_is_not_known_is_told_of_none_as_well() -> None:
-    with pytest.raises(UnknownNameError, match="unknown overlap 'tbo'; known: none, two_batches"):
+    with pytest.raises(UnknownNameError, match="unknown overlap 'tbo'; known: nano_batches, none, two_batches"):
         resolve_plan(f"{PLAN} overlap=tbo", SimulateAsk(**KNOWN, plan=PLAN))
 
 
@@ -93,7 +113,7 @@ def test_what_a_plan_says_of_overlap_counts_whatever_the_option_says() -> None:
 
 def test_pools_and_shares_split_no_forward_and_are_asked_for_beside_none_alone() -> None:
     for serving in ("aggregated,pools", "aggregated,shared"):
-        with pytest.raises(UsageError, match="which split none; leave these out, or add none to --overlap"):
+        with pytest.raises(UsageError, match="which do not; leave these out, or add none to --overlap"):
             resolve(asked(serving=serving, overlap="two_batches", runnable="any"))
         assert resolve(asked(serving=serving, runnable="any")).overlaps == (None, "two_batches")
     pools = "prefill{tp1 bf16} + decode{tp1 bf16}"
@@ -106,6 +126,18 @@ def test_pools_and_shares_split_no_forward_and_are_asked_for_beside_none_alone()
 def test_a_plan_that_overlaps_is_explained_beside_those_that_do() -> None:
     ask = ExplainAsk(**KNOWN, plan=f"{PLAN} overlap=two_batches")
     assert resolve(ask).overlaps == (None, "two_batches")
+
+
+def test_nano_batches_are_asked_for_where_no_engine_need_run_them() -> None:
+    problem = resolve(asked(overlap="none,nano_batches", runnable="any", model="llama-3.1-8b"))
+    assert problem.overlaps == (None, "nano_batches")
+    assert any("published: NanoFlow" in note and "no engine here runs them" in note for note in problem.notes)
+    ask = ExplainAsk(**KNOWN, runnable="any", plan="attn(tp2) ffn(tp2) overlap=nano_batches")
+    assert resolve(ask).overlaps == (None, "nano_batches")
+    words = [f"--{name}={value}" for name, value in (KNOWN | {"model": "llama-3.1-8b"}).items()]
+    ran = run("simulate", *words, "--runnable=any", "--plan=tp2 overlap=nano_batches", "--emit", "--sources")
+    assert ran.code == 0 and "68.5% of what arithmetic alone allows" in " ".join(ran.out.split())
+    assert "no command: vLLM 0.20 cannot run this plan" in " ".join(ran.out.split())
 
 
 def test_the_command_line_searches_it_and_says_why_a_plan_cannot() -> None:

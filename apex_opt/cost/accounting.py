@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from apex_opt.cost.tables import HIDDEN, seen
-from apex_opt.ir.formats import get_format
 from apex_opt.units import NS_PER_S, add_up
 
 if TYPE_CHECKING:
@@ -96,6 +95,7 @@ def account(
     counted: BatchCounts,
     makespan_ns: int,
     shared: SharedCounts | None = None,
+    busy_ns: int | None = None,
 ) -> Usage:
     """Multiply the counts of a run into energy, arithmetic, traffic and time.
 
@@ -112,6 +112,7 @@ def account(
     makespan_ns : int        of the run
     shared : SharedCounts or None    forwards of ranks that run in step; each of their batches, dummies among them, is
                                      done by one attention copy
+    busy_ns : int or None    that all replicas spent on batches; where operations run at one time each has its share
     """
     makespan_s = (makespan_ns + cost.request_ns) / NS_PER_S
     flops = moved = joules = 0.0
@@ -128,6 +129,8 @@ def account(
         if shared is not None and done.table in _OF_DUMMIES and len(done.entry):
             one = done.times * float(done.work.seconds[done.entry[0]])
             of_dummies[done.operation] = of_dummies.get(done.operation, 0.0) + one
+    if cost.laws[0].resources and busy_ns is not None:
+        seconds = _side_by_side(seconds, busy_ns / (NS_PER_S * plan.replicas))
     if (hidden := seconds.pop(HIDDEN, None)) is not None:
         seconds["communication"] = left_of(seconds["communication"], hidden, cost)
     over = add_up(seconds.values()) - makespan_s
@@ -151,6 +154,14 @@ def account(
     )
 
 
+def _side_by_side(seconds: dict[str, float], busy_s: float) -> dict[str, float]:
+    """Times of operations that run at one time, in proportion, such that they and the engine's own fill the batches."""
+    own_s = seconds.get("engine", 0.0)
+    others_s = add_up(seconds.values()) - own_s
+    part = max(busy_s - own_s, 0.0) / others_s if others_s else 0.0
+    return {name: spent if name == "engine" else spent * part for name, spent in seconds.items()}
+
+
 def left_of(sent_s: float, hidden_s: float, cost: PlanCost) -> float:
     """Seconds of sending that are not hidden, at least those of the first half of one of a stage's layers.
 
@@ -171,11 +182,8 @@ def rates_of(plan: Plan, model: CostModel) -> tuple[float, float]:
     """Peak arithmetic in the plan's format, FLOP/s, and peak memory bandwidth, bytes/s, of all of its GPUs."""
     peak = rate = 0.0
     for costs, devices in model.on(plan):
-        gpu = costs.cluster.gpu
-        form = get_format(plan.weight_format)
-        dtype = (form.computed(gpu.supports) or form).hardware_dtype
-        peak += devices * gpu.peak_flops_per_s(dtype or gpu.half_dtype)
-        rate += devices * gpu.memory_bytes_per_s
+        one = costs.rates(plan.weight_format)
+        peak, rate = peak + devices * one[0], rate + devices * one[1]
     return peak, rate
 
 

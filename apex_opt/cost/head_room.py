@@ -1,12 +1,9 @@
 """What the overlap of arithmetic, memory and network could give a plan at best.
 
 A batch computes its operations one after the other: what multiplies matrices leaves the memory idle, what reads a cache
-the arithmetic, and both the network. NanoFlow splits a batch such that operations of different kinds run at one time;
-then a batch takes no less than the busiest of the three alone. What an operation asks of the resource that bounds it is
-its time, of another one what that takes at its peak rate; the engine's own time stays.
-
-Source: NanoFlow (arXiv 2408.12757): the bound, and what it reached of the arithmetic's peak, 59% to 72%. Derived from
-the tables of the plan, not measured.
+the arithmetic, and both the network. NanoFlow splits a batch such that operations of different kinds run at one time
+(`cost.nano`); then a batch takes no less than the busiest of the three alone, and the engine's own time stays. Derived
+from the tables of the plan, not measured.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from apex_opt.cost.accounting import done_of, left_of, rates_of
+from apex_opt.cost.nano import asked_of
 from apex_opt.cost.tables import HIDDEN
 
 if TYPE_CHECKING:
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
     from apex_opt.plans.plan import Plan
     from apex_opt.simulator.outcome import BatchCounts, SharedCounts
 
-_ALONE: Final = {"engine": "host", "communication": "network"}
-"""Operations that neither compute nor read, and what they ask for."""
 _OF_ANSWERS: Final = ("decode", "decode_context", "verify", "draft", "draft_context")
 
 
@@ -73,7 +69,7 @@ def head_room(
     plan, cost, model, counted, shared : as of `apex_opt.cost.accounting.account`
     """
     gpus = plan.replicas * plan.stages * plan.stage_devices
-    peak, rate = (total / gpus for total in rates_of(plan, model))
+    peak, rate = rates_of(plan, model)
     found = []
     for kind in ("answers", "prompts"):
         mine, own = _of_kind(kind, counted), None if shared is None else _forwards(kind, shared)
@@ -89,12 +85,8 @@ def head_room(
         asked = dict.fromkeys(("batch", "compute", "memory", "network", "host"), 0.0)
         for operation, (seconds, flops, moved) in spent.items():
             asked["batch"] += seconds
-            if operation in _ALONE:
-                asked[_ALONE[operation]] += seconds
-                continue
-            bound = flops / peak >= moved / rate
-            asked["compute"] += seconds if bound else min(flops / peak, seconds)
-            asked["memory"] += min(moved / rate, seconds) if bound else seconds
+            for resource, its in asked_of(operation, seconds, flops, moved, (peak / gpus, rate / gpus)).items():
+                asked[resource] += float(its)
         # Of ranks that run in step a forward is a batch of all.
         batches = int(mine.decode.sum() + mine.sequences.sum())
         if own is not None:

@@ -12,6 +12,7 @@ from apex_opt.cost.least import Least
 from apex_opt.cost.ranks import RankCosts
 from apex_opt.cost.stage import StageCosts
 from apex_opt.cost.tables import merged, times
+from apex_opt.engines.overlap import TWO
 from apex_opt.placement.layouts import Layouts
 from apex_opt.plans.engine import has_ranks, of_each
 from apex_opt.plans.layout import Layout, Tier
@@ -119,7 +120,7 @@ class CostModel:
         """
         clock_mhz = self._clock_mhz if plan.clock_mhz is None else plan.clock_mhz
         splitting, overhead = self.settings.scheduler.splitting, self.overhead
-        if plan.overlap is not None and splitting is not None and not splitting.graphs:
+        if plan.overlap == TWO and splitting is not None and not splitting.graphs:
             overhead = replace(overhead, captured_sizes=(), captured_tokens=0)
         return self._of(gpu or self.cluster.gpu.name, clock_mhz, of_each(self.settings, plan), overhead)
 
@@ -223,17 +224,24 @@ class CostModel:
         out = Tier("cluster", plan.stages * plan.stage_devices, self._between, True)
         return Layout(stage_devices=plan.stage_devices, tiers=(*inside, out))
 
-    def least(self, plan: Plan) -> Least:
+    def least(self, plan: Plan, resource: str | None = None) -> Least:
         """What a batch takes at least on all stages together, however the layers are split and whatever is where.
 
         Waits for launches are left out: how long they are depends on the split.
+
+        Parameters
+        ----------
+        plan
+        resource : str or None    of `nano.RESOURCES`: what is asked of it; None: all, one operation after the other
 
         Raises
         ------
         UsageError    a clock that the GPU does not have
         """
         found = [
-            (self.ranks_of if has_ranks(self.settings, plan) else self.of)(plan, gpu).least_parts(plan, layout)
+            self.ranks_of(plan, gpu).least_parts(plan, layout)
+            if has_ranks(self.settings, plan)
+            else self.of(plan, gpu).least_parts(plan, layout, resource)
             for (gpu, _, _), layout in zip(self.parts_of(plan), self.layouts_of(plan), strict=True)
         ]
         # Pieces come in the same order on every type of GPU.

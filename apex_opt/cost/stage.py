@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,10 +12,13 @@ import numpy as np
 from apex_opt.cost.attention import windows_of
 from apex_opt.cost.cells import Operations
 from apex_opt.cost.least import Least
+from apex_opt.cost.nano import RESOURCES, of_resource
 from apex_opt.cost.tables import Parts, Tables, seen, window_of
 from apex_opt.cost.towers import encoder_parts
 from apex_opt.cost.work import Work
+from apex_opt.engines.overlap import NANO, NANO_SOURCE
 from apex_opt.engines.rules import Held
+from apex_opt.ir.formats import get_format
 from apex_opt.ir.model import Run
 from apex_opt.plans.engine import schedulers
 from apex_opt.plans.memory import stage_runs
@@ -127,6 +130,7 @@ class StageCosts:
         # A piece takes up to a few MB of tables, a large cluster has thousands of plans: only recent ones are kept.
         self.piece = lru_cache(maxsize=_KEPT)(_piece)
         self._least_of = cache(lambda *what: self.piece(*what).least)
+        self._least_asked = cache(lambda resource, rates, *what: self._asked(resource, rates, self.piece(*what)).least)
         # Without launches to wait for the engine's own time is the same for every stage.
         self._engine_least = cache(lambda over: Piece.of(self.engine(over, 0, 0, self.sum_of(()), 1)).least)
         self._stages = lru_cache(maxsize=_KEPT)(self._stage)
@@ -163,7 +167,28 @@ class StageCosts:
         seconds["transfer_ns"] = np.zeros(len(self.tables.tokens))
         if not last:
             seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, layout)
-        return self.law_of(seconds, copies, self.drafts), (*pieces, (1, engine))
+        law, pieces = self.law_of(seconds, copies, self.drafts), [*pieces, (1, engine)]
+        if cut.overlap == NANO:
+            law = replace(law, resources=tuple(self._resource(name, cut, pieces) for name in RESOURCES))
+        return law, tuple(pieces)
+
+    def _resource(self, name: str, cut: Plan, pieces: Sequence[tuple[int, Piece]]) -> BatchLaw:
+        """What a stage asks of one resource where several work at one time."""
+        rates = self.rates(cut.weight_format)
+        seconds = self.sum_of([(count, self._asked(name, rates, piece)) for count, piece in pieces])
+        self.operations.called["overlap"] = NANO_SOURCE
+        return self.law_of(seconds | {"transfer_ns": np.zeros(len(self.tables.tokens))})
+
+    @staticmethod
+    def _asked(resource: str, rates: tuple[float, float], piece: Piece) -> Piece:
+        """What a piece takes of a resource."""
+        return Piece.of(of_resource(resource, piece.parts, rates))
+
+    def rates(self, weight_format: str) -> tuple[float, float]:
+        """Peak arithmetic of a GPU in a format, FLOP/s, and its peak memory bandwidth, bytes/s."""
+        gpu, form = self.cluster.gpu, get_format(weight_format)
+        dtype = (form.computed(gpu.supports) or form).hardware_dtype
+        return gpu.peak_flops_per_s(dtype or gpu.half_dtype), gpu.memory_bytes_per_s
 
     def named(self, runs: Iterable[Run]) -> Named:
         """Runs by what their blocks are, as what is quick to look up."""
@@ -251,9 +276,18 @@ class StageCosts:
         formats = cut.weight_format, cut.kv_format
         return operations.drafts, self.model, cut.speculation, cut.attention, cut.ffn, formats, layout
 
-    def least_parts(self, plan: Plan, layout: Layout) -> Iterator[tuple[int, Least]]:
-        """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU."""
-        yield from self.least_of(plan, layout, self._least_of)
+    def least_parts(self, plan: Plan, layout: Layout, resource: str | None = None) -> Iterator[tuple[int, Least]]:
+        """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU.
+
+        Parameters
+        ----------
+        plan, layout
+        resource : str or None    what is asked of it alone; None: of all
+        """
+        least: Callable[..., Least] = self._least_of
+        if resource is not None:
+            least = partial(self._least_asked, resource, self.rates(plan.weight_format))
+        yield from self.least_of(plan, layout, least)
         overlapped = self.settings.async_scheduling or plan.stages > 1
         kernels, _ = self.kernels(plan, self._alike)
         yield plan.stages, self._engine_least(overlapped)

@@ -3,6 +3,9 @@
 While one half of the tokens computes, the other half sends its tokens to their experts or back. vLLM calls it dual
 batch overlap (DBO), SGLang two-batch overlap (TBO). No engine asks what is gained: each splits by a rule of its own.
 
+Nano-batches are NanoFlow's, a research engine: operations that ask for arithmetic, for memory and for links run at one
+time, which no engine here does.
+
 Source: vLLM 0.20.2, `v1/worker/{ubatch_utils,dp_utils}.py`, `config/{parallel,compilation}.py`, `VLLM_DBO_COMM_SMS`;
 SGLang 0.5.23, `srt/batch_overlap/{two_batch_overlap,operations_strategy}.py`; DeepEP's README, requirements. Read, not
 recorded.
@@ -16,9 +19,17 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster
 
-Overlap = Literal["two_batches"]
+Overlap = Literal["two_batches", "nano_batches"]
 OVERLAPS: Final[tuple[str, ...]] = get_args(Overlap)
 """What a plan may overlap inside a GPU."""
+TWO: Final = "two_batches"
+NANO: Final = "nano_batches"
+NANO_EFFICIENCY: Final = 0.685
+"""Share that nano-batches reach of what the busiest resource alone allows."""
+NANO_SOURCE: Final = (
+    "published: NanoFlow (arXiv 2408.12757) reaches 68.5% of what arithmetic alone allows, Llama-2-70B on 8 A100 "
+    "(59% to 72% over its models); taken for any model, GPU and resource: assumed"
+)
 KERNELS: Final = "DeepEP"
 """Whose kernels both engines send with where they split forwards."""
 KERNELS_FROM: Final = 9.0

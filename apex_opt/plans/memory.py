@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.engines.overlap import TWO
 from apex_opt.engines.rules import PLAIN, Held
 from apex_opt.errors import UsageError
 from apex_opt.ir.cells import Cut, stored_bytes
@@ -231,12 +232,12 @@ def processes(shares: Shares | None) -> int:
 
 
 def buffer_bytes(overlap: Overlap | None) -> int:
-    """What holds tokens on their way to experts and back where forwards are split, on each GPU.
+    """What holds tokens on their way to experts and back where forwards are split in two, on each GPU.
 
     Source: `DeepEPHTAll2AllManager` of vLLM 0.20.2, by default 1 GiB for NVLink and as much between nodes, here taken
     on one node as well; for SGLang assumed to be as much.
     """
-    return 0 if overlap is None else 2 * GIB
+    return 2 * GIB if overlap == TWO else 0
 
 
 def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -> tuple[StageMemory, ...]:

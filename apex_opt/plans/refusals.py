@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.engines.overlap import without_kernels
+from apex_opt.engines.overlap import NANO, without_kernels
 from apex_opt.engines.rules import Held
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import get_format
@@ -62,6 +62,9 @@ def _splits(rules: EngineRules, model: Model, cluster: Cluster, plan: Plan) -> I
     if plan.overlap is None:
         return
     what = f"overlap={plan.overlap}"
+    if plan.overlap == NANO:
+        yield f"{what}: {rules.release} does not run operations that ask for different resources at one time"
+        return
     if rules.overlaps is not None and model.family not in rules.overlaps:
         yield f"{what}: {rules.release} splits no forward of {model.family or 'such'} models"
     if (why := without_kernels(cluster)) is not None:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import numpy as np
 
 from apex_opt.cost import CostModel, idle_w, limit_w
+from apex_opt.cost.nano import RESOURCES
 from apex_opt.cost.ranks import in_step
+from apex_opt.engines.overlap import NANO
 from apex_opt.figures.measure import can_hold, least_signed
 from apex_opt.figures.run import Run
 from apex_opt.plans.allotment import allotted
@@ -232,8 +234,26 @@ class Facts:
         if key not in self._means:
             drafts = plan.speculation.draft_tokens if plan.speculation else 0
             copies = plan.attention.dp // schedulers(self.problem.settings, plan)
-            self._means[key] = StageFloor.mean(self.least_cost(plan), plan.stages, copies, drafts)
+            floor = StageFloor.mean(self.least_cost(plan), plan.stages, copies, drafts)
+            self._means[key] = self._busiest(plan, floor) if plan.overlap == NANO else floor
         return self._means[key]
+
+    def _busiest(self, plan: Plan, whole: StageFloor) -> StageFloor:
+        """The floor of a plan whose resources work at one time: that of the one by which requests take the longest.
+
+        A batch takes no less than any of them asks, or what its operations take one after the other.
+
+        Parameters
+        ----------
+        plan : Plan
+        whole : StageFloor    of operations one after the other
+        """
+        settings, trace = self.problem.settings_for(plan), self.problem.trace
+        each = [StageFloor.mean(self.costs.least(plan, name), plan.stages, 1) for name in RESOURCES]
+        return max(
+            (StageFloor.of_any([whole, one]) for one in each),
+            key=lambda floor: sum(int(part.sum()) for part in isolated(settings, [floor], trace)),
+        )
 
     def phases(self, plan: Plan) -> Phases | Multiplexing | None:
         """How both phases share the GPUs of a plan; None where batches hold both."""

@@ -16,6 +16,7 @@ from apex_opt.cost.handover import reading_j
 from apex_opt.cost.head_room import head_room
 from apex_opt.cost.moving import MOVING, moving
 from apex_opt.cost.two_batches import two_batches
+from apex_opt.engines.overlap import TWO
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.evaluate import Violation, violations
 from apex_opt.figures.measure import measure, statistics_of
@@ -285,7 +286,9 @@ class Scorer:
         prices = [one.cost_per_h(pool.plan) for pool, one in zip(deployment.pools, facts, strict=True)]
         for place, (pool, one, did) in enumerate(zip(deployment.pools, facts, outcome.pools, strict=True)):
             cost = one.plan_cost(pool.plan)
-            usage = account(pool.plan, cost, one.costs, did.counts, outcome.makespan_ns, did.shared)
+            usage = account(
+                pool.plan, cost, one.costs, did.counts, outcome.makespan_ns, did.shared, int(did.busy_ns.sum())
+            )
             if isinstance(outcome, DisaggregatedOutcome):
                 read_s = float((outcome.read_ns[:, 1] - outcome.read_ns[:, 0]).sum()) / NS_PER_S
                 usage = replace(usage, energy_j=usage.energy_j + reading_j(one.costs, pool.plan, read_s))
@@ -388,7 +391,7 @@ class Scorer:
         facts = self.facts_of(pool)
         plan, cost = pool.plan, facts.plan_cost(pool.plan)
         room = head_room(plan, cost, facts.costs, did.counts, did.shared)
-        without, overlapped = replace(plan, overlap=None), replace(plan, overlap="two_batches")
+        without, overlapped = replace(plan, overlap=None), replace(plan, overlap=TWO)
         faults = violations(facts.problem.instance(), overlapped)
         if did.shared is None or any(fault.family == "engine" for fault in faults):
             return room, ()

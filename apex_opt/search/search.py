@@ -14,6 +14,7 @@ from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
 
+from apex_opt.engines.overlap import NANO, TWO
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import UsageError
 from apex_opt.evaluate import FAMILIES
@@ -431,7 +432,8 @@ def tell_compiling(tell: Progress, problem: Problem, deployments: Iterable[Deplo
             problem.settings_for(pool.plan),
             pool.plan.stages,
             ranks=has_ranks(problem.settings, pool.plan),
-            halves=pool.plan.overlap is not None,
+            halves=pool.plan.overlap == TWO,
+            walked=pool.plan.overlap == NANO,
             handed=pool.role is not None,
         )
         for pool in pools

@@ -310,11 +310,12 @@ def run_disaggregated(
     asked = prompts_only(trace)
     for name, pool, its in (("prefill", prefill, asked), ("decode", decode, trace)):
         plain = pool.ranks is None and not pool.settings.kv_groups and pool.settings.speculation is None
+        plain = plain and not pool.resources
         scheduler = pool.settings.scheduler
         if not plain or len(pool.laws) != 1 or not isinstance(scheduler, VllmScheduling | SglangScheduling):
             raise UsageError(
                 f"the {name} instances must be of one stage, one scheduler of the engine vllm or sglang and one kind "
-                "of KV block, and verify no drafts"
+                "of KV block, where one operation follows the other, and verify no drafts"
             )
         if isinstance(scheduler, VllmScheduling) and not scheduler.idle_sleep_ns:
             raise UsageError(
@@ -390,8 +391,8 @@ def run_phases(
         raise UsageError("phases that share a GPU take requests that wait for no answers; leave delay_ms out")
     if settings.prefix_caching or settings.kv_groups or settings.speculation is not None:
         raise UsageError("phases share a GPU without prefix caching, drafts and kinds of layers; leave these out")
-    if len(pool.laws) > 1 or pool.ranks is not None:
-        raise UsageError("phases share the GPUs of one stage with one scheduler")
+    if len(pool.laws) > 1 or pool.ranks is not None or pool.resources:
+        raise UsageError("phases share the GPUs of one stage with one scheduler, where one operation follows the other")
     _check_pool(pool, trace)
     from apex_opt.simulator.phases import DynamicPhases, Multiplexing
     from apex_opt.simulator.reference import dynamic_phases, multiplexing, shared
@@ -489,10 +490,21 @@ def _check_pool(pool: EnginePool, trace: Trace) -> None:
         raise UsageError("forwards are split of ranks that run in step, without drafts and groups of layers")
     if pool.halves and not isinstance(settings.scheduler, VllmScheduling | SglangScheduling):
         raise UsageError(f"forwards are split by vllm and sglang, not by {settings.scheduler.name}")
+    if any(law.resources for law in pool.laws) and not (
+        isinstance(settings.scheduler, VllmScheduling)
+        and len(pool.laws) == 1
+        and pool.ranks is None
+        and not settings.kv_groups
+        and settings.speculation is None
+    ):
+        raise UsageError(
+            "resources work at one time on one stage with one scheduler of the engine vllm, without drafts and groups "
+            "of layers; leave one of them out"
+        )
     drafts = settings.speculation.draft_tokens if settings.speculation else 0
     longest = trace.longest + drafts
     check_laws(
-        (*pool.laws, *(halves.law for halves in pool.halves)),
+        (*pool.laws, *(halves.law for halves in pool.halves), *pool.resources),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         longest=longest,

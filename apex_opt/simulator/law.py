@@ -121,6 +121,9 @@ class BatchLaw:
         in increasing order, the same for all stages of a pool
     seen_rate, seen_pair_rate : int64[windows, max_num_seqs + 1], int64[windows, max_num_batched_tokens + 1]
         rates in 2**-20 ns
+    resources : tuple of BatchLaw
+        where what asks for different resources runs at one time, what is asked of each: a batch takes as long as the
+        busiest of them, but no longer than one operation after the other; empty where nothing runs at one time
     """
 
     decode_ns: NDArray[np.int64]
@@ -140,13 +143,22 @@ class BatchLaw:
     windows: tuple[Window, ...] = ()
     seen_rate: NDArray[np.int64] = field(default_factory=no_tables)
     seen_pair_rate: NDArray[np.int64] = field(default_factory=no_tables)
+    resources: tuple[BatchLaw, ...] = ()
 
     def scaled(self, factor: int) -> BatchLaw:
         """The law with every time and rate multiplied by an integer."""
-        return replace(self, **{name: getattr(self, name) * factor for name in (*TABLES, *OF_WINDOWS)})
+        tables = {name: getattr(self, name) * factor for name in (*TABLES, *OF_WINDOWS)}
+        return replace(self, **tables, resources=tuple(law.scaled(factor) for law in self.resources))
 
     def batch_ns(self, chunks: Sequence[tuple[int, int]], *, yields: bool = True) -> int:
         """Time of a batch given as (tokens, tokens held once it is done) per sequence, and whether a row yields."""
+        whole = self._one_by_one_ns(chunks, yields=yields)
+        if not self.resources:
+            return whole
+        return min(whole, max(law.batch_ns(chunks, yields=yields) for law in self.resources))
+
+    def _one_by_one_ns(self, chunks: Sequence[tuple[int, int]], *, yields: bool) -> int:
+        """The same by the law's own tables, one operation after the other."""
         tokens = sum(c for c, _ in chunks)
         decoding = [held for c, held in chunks if c <= 1 + self.draft_tokens]
         d, n = len(decoding), len(chunks)
@@ -173,7 +185,7 @@ class BatchLaw:
 OF_WINDOWS: Final = ("seen_rate", "seen_pair_rate")
 """Names of the tables of a law that have a row for each window."""
 TABLES: Final = tuple(
-    f.name for f in fields(BatchLaw) if f.name not in ("copies", "draft_tokens", "windows", *OF_WINDOWS)
+    f.name for f in fields(BatchLaw) if f.name not in ("copies", "draft_tokens", "windows", "resources", *OF_WINDOWS)
 )
 """Names of its other tables, those of drafts last."""
 

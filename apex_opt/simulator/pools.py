@@ -53,6 +53,16 @@ class EnginePool:
         return 1 if self.ranks is None else self.ranks.count
 
     @property
+    def resources(self) -> tuple[BatchLaw, ...]:
+        """What is asked of each resource on the only stage; nothing where no two work at one time."""
+        return self.laws[0].resources
+
+    @property
+    def walked(self) -> bool:
+        """Whether batches take what no engine of the kernel adds up over several of them."""
+        return bool(self.halves or self.resources)
+
+    @property
     def halves(self) -> tuple[Halves, ...]:
         """What forwards in two halves take on each stage; nothing where none are split."""
         if self.ranks is None or self.ranks.splitting is None:

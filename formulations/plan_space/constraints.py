@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ortools.sat.python import cp_model
 
+from apex_opt.engines.overlap import NANO
 from apex_opt.evaluate import IMBALANCE
 
 from .blocks import Pools
@@ -209,12 +210,17 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
         ]
         drafts += side_by_side
     if instance.overlap is not None:
-        groups = [(d, t, e) for t, e in cut for d in range(1, instance.max_devices // (t * e) + 1)]
         drafts += [
             holds(model, "one_stage_split", [v.stages], ((s, runs.overlap and s == 1) for s in stages_of(instance))),
-            holds(model, "copies_split", [v.attention_dp], ((n, n > 1) for n in degrees)),
-            holds(model, "formats_split", [v.formats], ((f, runs.splits(f)) for f in formats)),
             holds(model, "no_drafts_split", [v.drafts], ((i, d is None) for i, d in drafted)),
+            holds(
+                model, "copies_split", [v.attention_dp], ((n, (n == 1) == (instance.overlap == NANO)) for n in degrees)
+            ),
+        ]
+    if instance.overlap is not None and instance.overlap != NANO:
+        groups = [(d, t, e) for t, e in cut for d in range(1, instance.max_devices // (t * e) + 1)]
+        drafts += [
+            holds(model, "formats_split", [v.formats], ((f, runs.splits(f)) for f in formats)),
             holds(
                 model,
                 "experts_split",

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.engines.overlap import NANO
 from apex_opt.plans.routing import count_repeated
 
 from .blocks import Pools
@@ -56,20 +57,22 @@ def count(instance: Instance, families: Sequence[str]) -> int:
     shared = "engine" in families and instance.shares is not None
     if shared and not runs.shares:
         return 0
-    split = "engine" in families and instance.overlap is not None
-    if split and not runs.overlap:
+    overlaps = "engine" in families and instance.overlap is not None
+    if overlaps and not runs.overlap:
         return 0
+    split = overlaps and instance.overlap != NANO
+    one_copy = shared or (overlaps and not split)
     total = 0
     for drafter, ways in drafters.items():
-        if split and drafter is not None:
+        if overlaps and drafter is not None:
             continue
-        some = stages if drafter is None and not (shared or split) else [s for s in stages if s == 1]
+        some = stages if drafter is None and not (shared or overlaps) else [s for s in stages if s == 1]
         replicas = [count_repeated(n, instance.routings) for n in range(gpus + 1)]
         pipelines = [0] + [sum(replicas[gpus // (s * g)] * (1 + (s > 1)) for s in some) for g in range(1, gpus + 1)]
         for index, n in formats.items():
             if split and index is not None and not runs.splits(index):
                 continue
-            total += ways * n * _cells(instance, families, index, drafter, pipelines, one_copy=shared, split=split)
+            total += ways * n * _cells(instance, families, index, drafter, pipelines, one_copy=one_copy, split=split)
     return total * len(instance.batch_limits)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from apex_opt.engines.overlap import KERNELS_FROM, KERNELS_LINK
+from apex_opt.engines.overlap import KERNELS_FROM, KERNELS_LINK, NANO
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import get_format
 
@@ -56,6 +56,8 @@ class Runs:
         """Whether forwards may be split as the plans have it; which plans can be is for these to keep to."""
         if self.instance.overlap is None:
             return True
+        if self.instance.overlap == NANO:
+            return self.rules is None and self.instance.settings.scheduler.name == "vllm"
         families = None if self.rules is None else self.rules.overlaps
         known = families is None or self.instance.model.family in families
         if self.rules is not None:
@@ -65,7 +67,7 @@ class Runs:
 
     def splits(self, index: int) -> bool:
         """Whether the kernels that split forwards are sent by run experts of a weight format, by its index."""
-        if self.rules is None or self.instance.overlap is None:
+        if self.rules is None or self.instance.overlap in (None, NANO):
             return True
         model, name = self.instance.model, self.instance.weight_formats[index]
         if model.scheme is not None and name == model.weight_format and model.scheme.method in self.rules.whole_methods:

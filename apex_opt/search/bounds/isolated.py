@@ -69,7 +69,14 @@ class StageFloor:
     @classmethod
     @lru_cache(maxsize=256)
     def of(cls, law: BatchLaw) -> StageFloor:
-        """The floor of a batch law; laws are the same where they are the same object, and stages share them."""
+        """The floor of a batch law; laws are the same where they are the same object, and stages share them.
+
+        Where resources work at one time, no batch takes less than what any of them is asked for, or one operation after
+        the other.
+        """
+        if law.resources:
+            busiest = max((cls.of(its) for its in law.resources), key=lambda floor: floor.batch_ns)
+            return cls.of_any([cls.of(replace(law, resources=())), busiest])
         context = int(law.context_rate[1:].min())
         least = int(law.decode_ns[1:].min())
         # A batch of one-token chunks counts as decoding: n tokens in at least decode_ns[n].

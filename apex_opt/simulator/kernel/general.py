@@ -79,6 +79,7 @@ from apex_opt.simulator.kernel.state import (
     QUEUE_HEAD,
     QUEUED,
     REPLICA_SIZE,
+    RESOURCES,
     RUNNING,
     RUNNING_AT,
     RUNS,
@@ -117,7 +118,7 @@ def general_nb(run: Run, cache: Cache | None, groups: Groups | None, replica: in
         if r[NOW] >= until:
             break
         # Where batches are logged each is formed by the rules.
-        quiet = r[RUNNING] > 0 and r[POLICY] == VLLM and run.control[LOGGED] == 0
+        quiet = r[RUNNING] > 0 and r[POLICY] == VLLM and run.control[LOGGED] == 0 and r[RESOURCES] == 0
         if groups is not None:
             quiet = quiet and counts_alike_nb(groups, r)
         if quiet:

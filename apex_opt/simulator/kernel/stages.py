@@ -23,6 +23,7 @@ from apex_opt.simulator.kernel.state import (
     QUEUE_AT,
     QUEUE_HEAD,
     QUEUED,
+    RESOURCES,
     RUNNING,
     SLEEP_NS,
     STACK,
@@ -52,21 +53,38 @@ def queued_nb(run: Run, r: I64, place: int) -> I64:
 
 
 @inner
+def chunks_ns_nb(run: Run, r: I64, law: I64, batch: I64, batch_tokens: I64) -> int:
+    """What the chunks of the batch take by a law, one after the other."""
+    chunks_ns, computed = 0, column_nb(run, COMPUTED)
+    if r[BATCH_DECODES] < r[BATCH_ROWS]:
+        for row in range(r[BATCH_ROWS]):
+            if batch_tokens[row] > 1:
+                chunks_ns += chunk_ns_nb(law, r, batch_tokens[row], computed[batch[row] >> 1])
+    return chunks_ns
+
+
+@inner
+def busiest_ns_nb(run: Run, r: I64, batch: I64, batch_tokens: I64) -> int:
+    """What the batch takes of the resource that is asked for most, where all work at one time."""
+    most = 0
+    for k in range(r[RESOURCES]):
+        law = law_nb(run, r, r[STAGES] + k)
+        most = max(most, batch_ns_nb(law, r, chunks_ns_nb(run, r, law, batch, batch_tokens)))
+    return most
+
+
+@inner
 def through_stages_nb(run: Run, r: I64) -> int:
     """Pass the batch through the stages; when it leaves the last one."""
     end = r[NOW]
     if r[BATCH_ROWS] == 0:
         return end
     batch, batch_tokens = queued_nb(run, r, newest_nb(r)), at(run.scratch, r[ENTERING_AT])
-    computed = column_nb(run, COMPUTED)
     for s in range(r[STAGES]):
         law, stage = law_nb(run, r, s), at(run.stages, (r[FIRST_STAGE] + s) * STAGE_SIZE)
-        chunks_ns = 0
-        if r[BATCH_DECODES] < r[BATCH_ROWS]:
-            for row in range(r[BATCH_ROWS]):
-                if batch_tokens[row] > 1:
-                    chunks_ns += chunk_ns_nb(law, r, batch_tokens[row], computed[batch[row] >> 1])
-        duration = batch_ns_nb(law, r, chunks_ns)
+        duration = batch_ns_nb(law, r, chunks_ns_nb(run, r, law, batch, batch_tokens))
+        if r[RESOURCES] > 0:
+            duration = min(duration, busiest_ns_nb(run, r, batch, batch_tokens))
         end = max(end, stage[STAGE_FREE]) + duration
         stage[STAGE_FREE] = end
         stage[STAGE_BUSY] += duration

@@ -26,7 +26,13 @@ RULES: Final = {
 
 
 def needs_compiling(
-    settings: EngineSettings, stages: int, *, ranks: bool = False, halves: bool = False, handed: bool = False
+    settings: EngineSettings,
+    stages: int,
+    *,
+    ranks: bool = False,
+    halves: bool = False,
+    walked: bool = False,
+    handed: bool = False,
 ) -> bool:
     """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is.
 
@@ -36,6 +42,7 @@ def needs_compiling(
     stages : int                 of the pipeline
     ranks : bool                 whether replicas have ranks
     halves : bool                whether these split forwards
+    walked : bool                whether each batch is formed by the rules
     handed : bool                whether they are prefill or decode instances
     """
     if handed:
@@ -44,10 +51,10 @@ def needs_compiling(
         apart = engine_of(settings, stages) == "steady"
         return not (entries.APART if apart else entries.DISAGGREGATED[False, settings.prefix_caching]).ready()
     engines = entries.HALVES if halves else entries.RANKS if ranks else entries.SERVE
-    return not engines[engine_of(settings, stages, halves=halves), settings.prefix_caching].ready()
+    return not engines[engine_of(settings, stages, walked=walked or halves), settings.prefix_caching].ready()
 
 
-def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False, halves: bool = False) -> str:
+def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False, walked: bool = False) -> str:
     """The engine of the kernel that a run needs.
 
     Parameters
@@ -55,7 +62,7 @@ def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False, ha
     settings : EngineSettings
     stages : int      of the pipeline
     logged : bool     whether batches are told, with groups of layers the blocks of each
-    halves : bool     whether ranks split forwards
+    walked : bool     whether each batch is formed by the rules, as what several take is not known beforehand
     """
     if isinstance(settings.scheduler, SglangScheduling):
         return "sglang" if settings.speculation is None else "sglang drafts"
@@ -67,7 +74,7 @@ def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False, ha
         return "trtllm"
     if settings.speculation is not None:
         return "speculative groups" if settings.kv_groups else "speculative"
-    walks = stages > 1 or settings.scheduler.prompt_threshold > 0 or settings.prefix_caching or halves
+    walks = stages > 1 or settings.scheduler.prompt_threshold > 0 or settings.prefix_caching or walked
     return "general" if walks or RULES[settings.scheduler.name] != kn.VLLM else "steady"
 
 
@@ -87,7 +94,8 @@ def routes(pools: Sequence[EnginePool], shares: Sequence[Share]) -> bool:
             pool.ranks is None
             and not (isinstance(its := pool.settings.scheduler, TrtllmScheduling) and its.fetch_wait_ns > 0)
             and not (isinstance(its, SglangScheduling) and "pull" in beyond)
-            and (engine_of(pool.settings, len(pool.laws)), pool.settings.prefix_caching) in entries.ROUTE
+            and (engine_of(pool.settings, len(pool.laws), walked=pool.walked), pool.settings.prefix_caching)
+            in entries.ROUTE
             for pool in pools
         )
     )

@@ -83,7 +83,7 @@ class Memory:
         self._engines = [
             "general"
             if holding
-            else engine_of(pool.settings, len(pool.laws), logged=room is not None, halves=bool(pool.halves))
+            else engine_of(pool.settings, len(pool.laws), logged=room is not None, walked=pool.walked)
             for pool in pools
         ]
         if any(share.routed for share in shares) and len(shares) < len(pools):
@@ -154,7 +154,7 @@ class Memory:
         end = 0
         stages: list[int] = []
         for pool, place in zip(self._pools, self._places, strict=True):
-            laws = [*pool.laws, *(halves.law for halves in pool.halves)]
+            laws = [*pool.laws, *(halves.law for halves in pool.halves), *pool.resources]
             for law in laws:
                 if id(law) not in at:
                     at[id(law)] = end
@@ -167,6 +167,7 @@ class Memory:
             first = pool.laws[0]
             before = 1 + sum(len(getattr(first, name)) for name in TABLES)
             self._replicas[place, kn.WINDOWS : kn.WINDOWS_OF_LAW + 1] = len(first.windows), before
+            self._replicas[place, kn.RESOURCES] = len(pool.resources)
             self._replicas[place, kn.FIRST_STAGE] = len(stages) + len(laws) * np.arange(place.stop - place.start)
             stages += [at[id(law)] for law in laws] * (place.stop - place.start)
         self._stages = np.zeros((len(stages), kn.STAGE_SIZE), np.int64)
