@@ -158,10 +158,11 @@ def test_times_by_operation_are_not_negative_and_fit_the_run_with_communication_
         output=[1 + length % 30 for length in lengths],
     )
     scorer = Scorer(replace(PROBLEM.offering(cluster=links), trace=trace))
-    outcome = scorer.run(Deployment.of(SPLIT))
-    assert outcome is not None and outcome.pools[0].shared is not None
-    spent = scorer.simulate(Deployment.of(SPLIT)).only.usage.operations_s
-    assert min(spent.values()) >= 0.0 < spent["communication"]
-    assert "hidden" not in spent
-    makespan_s = (outcome.makespan_ns + scorer.facts().plan_cost(SPLIT).request_ns) / NS_PER_S
-    assert sum(spent.values()) == pytest.approx(makespan_s)
+    for plan in (SPLIT, WHOLE):
+        outcome = scorer.run(Deployment.of(plan))
+        assert outcome is not None and outcome.pools[0].shared is not None
+        spent = scorer.simulate(Deployment.of(plan)).only.usage.operations_s
+        assert min(spent.values()) >= 0.0 < spent["communication"]
+        assert "hidden" not in spent
+        makespan_s = (outcome.makespan_ns + scorer.facts().plan_cost(plan).request_ns) / NS_PER_S
+        assert sum(spent.values()) == pytest.approx(makespan_s)

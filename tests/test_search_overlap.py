@@ -72,6 +72,7 @@ def split_instance(seed: int) -> Instance:
                 overlaps=families[rng.integers(4)],
                 split_formats=frozenset(name for name in FORMATS if rng.random() < 0.8),
                 whole_methods=frozenset({"gptq"}) if rng.random() < 0.3 else frozenset(),
+                split_seqs=int(rng.choice([0, 0, 8, 16])),
             ),
         )
     gpu, room = instance.cluster.gpu, round(2 * GIB / settings.gpu_memory_utilization)  # of buffers
@@ -225,6 +226,17 @@ def test_an_engine_splits_forwards_of_the_models_that_it_names(rules: object, fa
         settings = replace(problem.settings, runnable=rules)
         found = [v.text for v in violations(replace(problem.instance(), settings=settings), PLAN)]
         assert any("splits no forward" in text for text in found) != wanted
+
+
+def test_no_rank_answers_more_sequences_than_the_kernels_of_the_engine_hold() -> None:
+    for seats, dp, wanted in ((1024, 4, False), (4096, 4, False), (4100, 4, True), (8192, 8, False), (8192, 4, True)):
+        settings = replace(SMALL, scheduler=SglangScheduling(), max_num_seqs=seats, max_num_batched_tokens=16384)
+        model = make_model((sparse(experts=8), 6), family="deepseek_v3")
+        problem = make_problem(model, make_cluster(8), random_trace(1), settings=settings)
+        plan = replace(PLAN, attention=Template(dp=dp), ffn=Template(ep=dp))
+        ruled = replace(problem.instance(), settings=replace(settings, runnable=SGLANG))
+        found = [v.text for v in violations(ruled, plan) if "at most 1024 sequences of a rank" in v.text]
+        assert bool(found) == wanted and all(f"--max_num_seqs={1024 * dp}" in text for text in found)
 
 
 def test_buffers_of_what_is_sent_take_memory_and_a_second_half_no_workspace() -> None:

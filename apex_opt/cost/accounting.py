@@ -134,7 +134,7 @@ def account(
     if (hidden := seconds.pop(HIDDEN, None)) is not None:
         seconds["communication"] = left_of(seconds["communication"], hidden, cost)
     over = add_up(seconds.values()) - makespan_s
-    if over > 0 and hidden is not None and shared is not None and shared.dummies:
+    if over > 0 and shared is not None and shared.dummies:
         # Ranks go on after the last token, with dummies, until they agree that none has requests left.
         most = shared.dummies / (plan.attention.dp * plan.stages * plan.replicas)
         after = min(over / add_up(of_dummies.values()), most)

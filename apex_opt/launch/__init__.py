@@ -12,7 +12,7 @@ from apex_opt.launch.commands import Asked, Command, Launch, Replica, on_nodes
 from apex_opt.launch.sglang import ABOUT_ROUTER, Sglang, pd_router, unmatched
 from apex_opt.launch.trtllm import Trtllm
 from apex_opt.launch.vllm import ABOUT_PROXY, Vllm, proxy
-from apex_opt.plans.engine import has_ranks, limits_shared, of_each
+from apex_opt.plans.engine import has_ranks
 from apex_opt.plans.refusals import refusals
 
 if TYPE_CHECKING:
@@ -54,12 +54,6 @@ def launch(
     refused = [*refusals(spoken.rules, problem.model, problem.cluster, plan, asked.settings)]
     if asked.whole_copies and spoken.rules.copies_on_one_node and any(len(replica.nodes) > 1 for replica in replicas):
         refused.append(f"ffn(dp{plan.ffn.dp}): {spoken.rules.release} keeps whole copies of an engine on one node")
-    seats, most = of_each(problem.settings, plan).max_num_seqs, spoken.rules.split_seqs
-    if plan.overlap is not None and 0 < most < seats:
-        refused.append(
-            f"overlap={plan.overlap}: {spoken.rules.release} answers at most {most} sequences of a rank in split "
-            f"forwards, the plan {seats}; give --max_num_seqs={most * limits_shared(problem.settings, plan)}"
-        )
     if refused:
         notes = [f"no command: {spoken.rules.release} cannot run this plan", *dict.fromkeys(refused)]
         return Launch(engine=engine, commands=(), notes=tuple(notes))

@@ -10,6 +10,7 @@ from apex_opt.engines.overlap import NANO, without_kernels
 from apex_opt.engines.rules import Held
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import get_format
+from apex_opt.plans.engine import limits_shared, of_each
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +45,7 @@ def refusals(rules: EngineRules, model: Model, cluster: Cluster, plan: Plan, set
     yield from _formats(rules, model, gpu, plan)
     yield from _blocks(rules, model, plan, settings.block_size)
     yield from _shares(rules, plan)
-    yield from _splits(rules, model, cluster, plan)
+    yield from _splits(rules, model, cluster, plan, settings)
     yield from _cells(rules, model, plan)
     yield from _drafts(rules, plan)
     yield from _heads(rules, model, plan.attention)
@@ -57,7 +58,7 @@ def refusals(rules: EngineRules, model: Model, cluster: Cluster, plan: Plan, set
                 yield from scales.of_cell(cell, cut)
 
 
-def _splits(rules: EngineRules, model: Model, cluster: Cluster, plan: Plan) -> Iterator[str]:
+def _splits(rules: EngineRules, model: Model, cluster: Cluster, plan: Plan, settings: EngineSettings) -> Iterator[str]:
     """Forwards in two halves, by the kernels that engines send with."""
     if plan.overlap is None:
         return
@@ -69,6 +70,12 @@ def _splits(rules: EngineRules, model: Model, cluster: Cluster, plan: Plan) -> I
         yield f"{what}: {rules.release} splits no forward of {model.family or 'such'} models"
     if (why := without_kernels(cluster)) is not None:
         yield f"{what}: {why}"
+    seats, most = of_each(settings, plan).max_num_seqs, rules.split_seqs
+    if 0 < most < seats:
+        yield (
+            f"{what}: {rules.release} answers at most {most} sequences of a rank in split forwards, the plan {seats}; "
+            f"give --max_num_seqs={most * limits_shared(settings, plan)}"
+        )
     wanted = get_format(plan.weight_format)
     some = ", ".join(sorted(rules.split_formats))
     for form in wanted.mixed or (wanted,):

@@ -223,6 +223,12 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
             holds(model, "formats_split", [v.formats], ((f, runs.splits(f)) for f in formats)),
             holds(
                 model,
+                "seats_split",
+                [v.limits, v.attention_dp],
+                ((i, n, runs.answers(n, i)) for i in range(len(instance.batch_limits)) for n in degrees),
+            ),
+            _holds(
+                model,
                 "experts_split",
                 [v.ffn_dp, v.ffn_tp, v.ffn_ep],
                 ((d, t, e, d == t == 1 and e > 1) for d, t, e in groups),

@@ -72,8 +72,12 @@ def count(instance: Instance, families: Sequence[str]) -> int:
         for index, n in formats.items():
             if split and index is not None and not runs.splits(index):
                 continue
-            total += ways * n * _cells(instance, families, index, drafter, pipelines, one_copy=one_copy, split=split)
-    return total * len(instance.batch_limits)
+            for limits in range(len(instance.batch_limits)) if split else (None,):
+                some_cells = _cells(
+                    instance, families, index, drafter, pipelines, one_copy=one_copy, split=split, limits=limits
+                )
+                total += ways * n * some_cells * (len(instance.batch_limits) if limits is None else 1)
+    return total
 
 
 def _cells(
@@ -85,10 +89,12 @@ def _cells(
     *,
     one_copy: bool,
     split: bool,
+    limits: int | None = None,
 ) -> int:
     """Plans of one format, with the engine's rules for it unless that is None: `pipelines` is by devices of a stage.
 
-    Where forwards are `split` there are several copies of attention, and every device has experts of its own.
+    Where forwards are `split` there are several copies of attention, every device has experts of its own, and `limits`
+    is which of the limits of a batch it is of.
     """
     gpus, runs, divide = instance.max_devices, Runs(instance), "divisibility" in families
     degrees = range(1, gpus + 1)
@@ -116,6 +122,7 @@ def _cells(
             if devices % t == 0 and (index is None or runs.attention(devices // t, t, index))
             if devices == t or (not one_copy and (drafter is None or copies_draft(instance, drafter)))
             if devices > t or not split
+            if limits is None or runs.answers(devices // t, limits)
         ]
         cells = sum(
             ways * sum(math.gcd(copy, devices // shard) == 1 for copy in copies)

@@ -13,7 +13,7 @@ from apex_opt.engines.overlap import KERNELS_FROM, KERNELS_LINK, NANO
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import get_format
 
-from .sizes import kinds
+from .sizes import batch_limits, kinds, limits_shared
 
 if TYPE_CHECKING:
     from apex_opt.evaluate import Instance
@@ -73,6 +73,13 @@ class Runs:
         if model.scheme is not None and name == model.weight_format and model.scheme.method in self.rules.whole_methods:
             return False
         return set(name.split("+")) <= self.rules.split_formats
+
+    def answers(self, copies: int, index: int) -> bool:
+        """Whether split forwards of so many attention copies hold the sequences of a rank, by the index of limits."""
+        if self.rules is None or not self.rules.split_seqs or self.instance.overlap in (None, NANO):
+            return True
+        seqs, _ = batch_limits(self.instance)[index]
+        return max(1, seqs // limits_shared(self.instance, copies)) <= self.rules.split_seqs
 
     def stages(self, count: int) -> bool:
         """Whether the model may be cut into so many stages."""
