@@ -72,7 +72,7 @@ def split_instance(seed: int) -> Instance:
                 overlaps=families[rng.integers(4)],
                 split_formats=frozenset(name for name in FORMATS if rng.random() < 0.8),
                 whole_methods=frozenset({"gptq"}) if rng.random() < 0.3 else frozenset(),
-                split_seqs=int(rng.choice([0, 0, 8, 16])),
+                split_seqs=int(rng.choice([0, 0, 7, 15])),
             ),
         )
     gpu, room = instance.cluster.gpu, round(2 * GIB / settings.gpu_memory_utilization)  # of buffers
