@@ -120,7 +120,7 @@ class Ask(Setup):
     slo : Goals that must all hold, such as {goals}.
     price : $ per GPU and hour; by default that of the cluster's file, in the catalogue an assumed one.
     routing : Which router stands before the replicas: round_robin, least_loaded, vllm_dp, power_of_two, cache_aware (of
-        SGLang), dynamo, llm_d, session or pull, a shared queue (docs/routing.md); several to choose from, such as
+        SGLang), dynamo, llm_d, llm_d_kv, session or pull, a shared queue (docs/routing.md); several to choose from, as
         round_robin,cache_aware. Before prefill and before decode instances with a / between them: pull/least_loaded.
     serving : What may be deployed: aggregated, replicas that compute prompts and answer them; pools, one of instances
         that compute prompts (prefill) and one of those that answer them (decode); shared, replicas that do both side by

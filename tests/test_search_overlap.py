@@ -239,6 +239,18 @@ def test_no_rank_answers_more_sequences_than_the_kernels_of_the_engine_hold() ->
         assert bool(found) == wanted and all(f"--max_num_seqs={1024 * dp}" in text for text in found)
 
 
+@pytest.mark.parametrize(("seats", "copies"), [(31, {2, 4, 8}), (32, {4, 8}), (63, {4, 8}), (64, {8}), (200, set())])
+def test_the_program_leaves_out_plans_whose_ranks_would_answer_more(seats: int, copies: set[int]) -> None:
+    cluster = make_cluster(8)
+    cluster = replace(cluster, intra=replace(cluster.intra, kind="nvlink"))
+    settings = replace(SMALL, scheduler=SglangScheduling(), max_num_seqs=seats)
+    model = make_model((sparse(experts=8), 6), family="deepseek_v3")
+    problem = make_problem(model, cluster, random_trace(1), settings=settings)
+    rules = replace(SGLANG, split_seqs=15, split_formats=frozenset(FORMATS))
+    ruled = replace(problem.instance(), settings=replace(settings, runnable=rules), overlap=SPLIT)
+    assert {plan.attention.dp for plan in listed_alike(ruled).plans} == copies
+
+
 def test_buffers_of_what_is_sent_take_memory_and_a_second_half_no_workspace() -> None:
     facts = Scorer(make_problem(make_model((sparse(), 6)), make_cluster(4), random_trace(1))).facts()
     (split,), (whole,) = facts.memory(PLAN), facts.memory(replace(PLAN, overlap=None))

@@ -50,6 +50,7 @@ class Stub:
 
     load: int = 0
     waiting: int = 0
+    free: Fraction = Fraction(1)
 
     def outstanding(self, at_ns: int) -> int:
         return self.load
@@ -244,6 +245,28 @@ def test_llm_d_scores_as_published(queues: list[int], matched: list[int], scores
     assert router.choose(sequences[-1], 0, replicas) is replicas[chosen]
 
 
+@pytest.mark.parametrize(
+    ("queues", "matched", "usage", "scores", "chosen"),
+    [
+        ([0, 4, 8], [0, 4, 8], ["9/10", "1/2", "1/4"], ["11/5", "7/2", "9/2"], 2),
+        ([0, 0, 0], [4, 4, 0], ["3/5", "1/2", "0"], ["43/10", "9/2", "4"], 1),
+    ],
+)
+def test_llm_d_scores_free_blocks_as_published(
+    queues: list[int], matched: list[int], usage: list[str], scores: list[str], chosen: int
+) -> None:
+    free = [1 - Fraction(share) for share in usage]
+    found = zip(queue_scores(queues), prefix_scores(matched, 8), free, strict=True)
+    assert [2 * queue + 3 * prefix + 2 * its for queue, prefix, its in found] == [Fraction(score) for score in scores]
+    text = list(range(8))
+    known, sequences = told([*(text[:its] or [99] for its in matched), text], 16)
+    replicas = [Stub(waiting=its, free=share) for its, share in zip(queues, free, strict=True)]
+    router: Any = LlmD(known, 16, 2)
+    for sequence, replica in zip(sequences, replicas, strict=False):
+        router.choose(sequence, 0, [replica])
+    assert router.choose(sequences[-1], 0, replicas) is replicas[chosen]
+
+
 # Those whose dealing is known, or drawn.
 
 
@@ -395,7 +418,7 @@ def test_the_kernel_equals_the_reference_before_sglang(seeds: range) -> None:
     assert compared > len(seeds) // 4
 
 
-def test_the_kernel_has_all_routers_but_for_pull_before_sglang_and_waits_and_those_before_ranks() -> None:
+def test_the_kernel_has_all_routers_but_for_some_before_sglang_and_waits_and_those_before_ranks() -> None:
     pool = EnginePool(settings=ONE_SEAT, blocks=30, laws=[linear(ONE_SEAT, 10)], replicas=2)
     trace = requests([(0, 4, 1), (0, 4, 1)])
     sglang = replace(pool, settings=replace(ONE_SEAT, scheduler=SglangScheduling()))
@@ -404,8 +427,8 @@ def test_the_kernel_has_all_routers_but_for_pull_before_sglang_and_waits_and_tho
     ranks = replace(pool, ranks=Ranks.bare(2, **limits))
     for routing in ROUTINGS:
         assert engines.routes([pool], shares([pool], trace, [routing]))
-        assert engines.routes([trtllm], shares([trtllm], trace, [routing]))
-        assert engines.routes([sglang], shares([sglang], trace, [routing])) == (routing != "pull")
+        assert engines.routes([trtllm], shares([trtllm], trace, [routing])) == (routing != "llm_d_kv")
+        assert engines.routes([sglang], shares([sglang], trace, [routing])) == (routing not in ("pull", "llm_d_kv"))
         known = routing in ("round_robin", "least_loaded", "vllm_dp", "session")
         assert engines.routes([ranks], shares([ranks], trace, [routing])) == known
 

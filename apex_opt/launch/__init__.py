@@ -176,6 +176,7 @@ _ROUTERS: Final[dict[Routing, str]] = {
     "cache_aware": "sglang_router, the command without a replica",
     "dynamo": "--router-mode kv of dynamo.frontend",
     "llm_d": "the prefix-cache and queue scorers of llm-d's endpoint picker, with weights 3 and 2",
+    "llm_d_kv": "the prefix-cache, queue and KV-cache scorers of llm-d's endpoint picker, with weights 3, 2 and 2",
     "session": "hash of nginx by what names the session, which deals otherwise",
     "pull": "one that holds requests until a server has a seat, such as max_conns and queue of nginx plus",
 }

@@ -17,11 +17,12 @@ Routing = Literal[
     "cache_aware",
     "dynamo",
     "llm_d",
+    "llm_d_kv",
     "session",
     "pull",
 ]
 """How a replica is found for a request; `docs/routing.md` has the rules."""
-SEES_PREFIXES: Final[tuple[Routing, ...]] = ("cache_aware", "dynamo", "llm_d")
+SEES_PREFIXES: Final[tuple[Routing, ...]] = ("cache_aware", "dynamo", "llm_d", "llm_d_kv")
 """Those that deal by what a replica's cache may hold."""
 ROUTINGS: Final[tuple[Routing, ...]] = get_args(Routing)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BEFOREHAND: Final[tuple[Routing, ...]] = ("round_robin", "vllm_dp", "session")
 """Whose dealings hang on the trace alone."""
-BY_WAITING: Final[tuple[Routing, ...]] = ("llm_d",)
+BY_WAITING: Final[tuple[Routing, ...]] = ("llm_d", "llm_d_kv")
 """Who asks how many requests wait in an engine of vLLM."""
 
 IMBALANCE: Final = 64
@@ -33,6 +33,8 @@ KNOWN_SHARE: Final = (3, 10)
 PREFIX_WEIGHT: Final = 3
 """Weights of the scorers of `llm_d`, as its guide has them."""
 QUEUE_WEIGHT: Final = 2
+FREE_WEIGHT: Final = 2
+"""That of the scorer of free blocks, which `llm_d_kv` has as well."""
 
 _NS_PER_MS: Final = 1_000_000
 _LEAST_WAIT_MS, _UNCHANGED_MS = 50, 5000

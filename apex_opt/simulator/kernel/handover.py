@@ -23,6 +23,7 @@ from apex_opt.simulator.kernel.router_state import (
     REPLICAS_AT,
     ROUTED_SIZE,
     RULE,
+    UNHELD,
     WAITING,
 )
 from apex_opt.simulator.kernel.stages import newest_nb, preempted_nb, queued_nb, through_stages_nb
@@ -426,7 +427,7 @@ def look_nb(run: Run, router: I64, first: int, count: int) -> None:
         r = at(run.replicas, (first + place) * REPLICA_SIZE)
         p = at(router, router[REPLICAS_AT] + place * ROUTED_SIZE)
         p[LOAD] = r[SENT] - r[ENDED]
-        p[WAITING] = p[LOAD] - r[RUNNING]
+        p[WAITING], p[UNHELD] = p[LOAD] - r[RUNNING], r[FREE]
         if router[RULE] == PULL and p[LOAD] >= r[MAX_SEQS]:
             p[LOAD] = NEVER
 

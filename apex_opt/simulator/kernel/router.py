@@ -23,6 +23,7 @@ from apex_opt.simulator.kernel.router_state import (
     DEALT,
     DYNAMO,
     FIRST_WAITS,
+    FREE_WEIGHT,
     HELD,
     HELD_AT,
     HELD_SIZE,
@@ -39,6 +40,7 @@ from apex_opt.simulator.kernel.router_state import (
     PAIRS_AT,
     PART,
     PIECES_AT,
+    POOL,
     POWER_OF_TWO,
     PREFILL,
     PREFIX_WEIGHT,
@@ -51,6 +53,7 @@ from apex_opt.simulator.kernel.router_state import (
     STARTS_AT,
     TOKENS,
     UNDER_RATIO,
+    UNHELD,
     USERS,
     WAITING,
     WHOLE,
@@ -62,6 +65,7 @@ from apex_opt.simulator.kernel.state import (
     FINISH,
     FIRST,
     FOLLOWING,
+    FREE,
     HEAD,
     LAST_ENDED,
     LAST_ENDED_NS,
@@ -145,7 +149,7 @@ def routing(turns_nb: Any, empty_nb: Any = empty_cache_nb, waiting_nb: Any = wai
                     return
                 p = at(router, router[REPLICAS_AT] + (replica - first) * ROUTED_SIZE)
                 unanswered = r[SENT] - r[ENDED]
-                p[WAITING] = waiting_nb(run, cache, replica)
+                p[WAITING], p[UNHELD] = waiting_nb(run, cache, replica), r[FREE]
                 p[LOAD] = unanswered
                 if r[LAST_ENDED_NS] > until:
                     p[LOAD] += r[LAST_ENDED]
@@ -258,6 +262,9 @@ def by_scores_nb(run: Run, router: I64, count: int, i: int) -> int:
         short = most - waiting if span > 0 else 1
         matched = leading_nb(router, replica, i, whole) * router[TOKENS] // router[BLOCK]
         score = router[QUEUE_WEIGHT] * short * blocks + router[PREFIX_WEIGHT] * matched * max(1, span)
+        if router[FREE_WEIGHT] > 0:
+            free = router[router[REPLICAS_AT] + replica * ROUTED_SIZE + UNHELD]
+            score = score * router[POOL] + router[FREE_WEIGHT] * free * blocks * max(1, span)
         if score > best:
             chosen, best = replica, score
     pieces = at(router, router[PIECES_AT] + router[router[STARTS_AT] + i])

@@ -6,7 +6,8 @@ POWER_OF_TWO, CACHE_AWARE, DYNAMO, LLM_D, PULL, LEAST_LOADED, IN_TURN, DEALT = r
 
 # Registers: the rule, tokens of a piece and of a block, whether the engine caches prefixes, how many pieces there are;
 # where the first pieces of requests, their pieces, the drawn pairs or dealt places, what is known of pieces, rows of
-# replicas and those of requests begin; numbers of the rules; the first and the last request that waits for a replica;
+# replicas and those of requests begin; numbers of the rules, and the KV blocks of a
+# replica; the first and the last request that waits for a replica;
 # whether the replicas compute prompts.
 (
     RULE,
@@ -27,15 +28,17 @@ POWER_OF_TWO, CACHE_AWARE, DYNAMO, LLM_D, PULL, LEAST_LOADED, IN_TURN, DEALT = r
     WHOLE,
     PREFIX_WEIGHT,
     QUEUE_WEIGHT,
+    FREE_WEIGHT,
+    POOL,
     FIRST_WAITS,
     LAST_WAITS,
     COMPUTES,
     ROUTER_SIZE,
-) = range(22)
+) = range(24)
 
 # Of a replica: requests unanswered and waiting, the first of its active ones, tokens of theirs before their first
-# token, and different blocks of theirs.
-LOAD, WAITING, ACTIVE, PREFILL, BLOCKS, ROUTED_SIZE = range(6)
+# token, and different blocks of theirs; KV blocks that nobody holds.
+LOAD, WAITING, ACTIVE, PREFILL, BLOCKS, UNHELD, ROUTED_SIZE = range(7)
 
 # Of a request: the next active one of its replica; tokens to compute until its first token, then NONE.
 NEXT, OWED, ASKED_SIZE = range(3)

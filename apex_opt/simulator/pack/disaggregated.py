@@ -212,7 +212,8 @@ class Together(Instances):
         twice = None if share.places is None else np.tile(share.places, 2)
         settings = self._pools[0].settings
         share = share._replace(places=twice)
-        return router_memory(share, settings, self._trace, number_pieces, computes=not share.first)
+        blocks = self._pools[1 if share.first else 0].blocks
+        return router_memory(share, settings, self._trace, number_pieces, blocks=blocks, computes=not share.first)
 
     @property
     def _arrival_ns(self) -> I64:

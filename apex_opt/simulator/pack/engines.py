@@ -81,7 +81,8 @@ def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False, wa
 def routes(pools: Sequence[EnginePool], shares: Sequence[Share]) -> bool:
     """Whether the kernel has the routers of all shares before these replicas; the others are served by the reference.
 
-    Where turns wait for requests, or are SGLang's, it is not known from the clock who takes one from a queue next.
+    Where turns wait for requests, or are SGLang's, it is not known from the clock who takes one from a queue next; and
+    what of a cache nobody holds is known of vLLM's blocks, of replicas that have as many.
 
     Parameters
     ----------
@@ -94,6 +95,8 @@ def routes(pools: Sequence[EnginePool], shares: Sequence[Share]) -> bool:
             pool.ranks is None
             and not (isinstance(its := pool.settings.scheduler, TrtllmScheduling) and its.fetch_wait_ns > 0)
             and not (isinstance(its, SglangScheduling) and "pull" in beyond)
+            and not ("llm_d_kv" in beyond and isinstance(its, SglangScheduling | TrtllmScheduling))
+            and not ("llm_d_kv" in beyond and pool.blocks != pools[0].blocks)
             and (engine_of(pool.settings, len(pool.laws), walked=pool.walked), pool.settings.prefix_caching)
             in entries.ROUTE
             for pool in pools

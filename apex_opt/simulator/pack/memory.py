@@ -299,7 +299,9 @@ class Memory:
         if self.stopped or self.crowded:
             return
         self._requests[[[kn.FIRST], [kn.FINISH]], share.rows] = kn.NEVER  # until they are known
-        router = router_memory(share, self._pools[0].settings, self._trace, number_pieces)
+        router = router_memory(
+            share, self._pools[0].settings, self._trace, number_pieces, blocks=self._pools[index].blocks
+        )
         kind = self._engines[index], self._pools[0].settings.prefix_caching
         start = int(self._first[share.first])
         end = start + share.last - share.first

@@ -8,7 +8,7 @@ import numpy as np
 
 from apex_opt.simulator.kernel import router_state as rt
 from apex_opt.simulator.kernel.state import NONE
-from apex_opt.simulator.routing import PREFIX_WEIGHT, QUEUE_WEIGHT, RouterSettings, pairs, prefixes
+from apex_opt.simulator.routing import FREE_WEIGHT, PREFIX_WEIGHT, QUEUE_WEIGHT, RouterSettings, pairs, prefixes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,13 +24,14 @@ ROUTERS: Final[dict[Routing, int]] = {
     "cache_aware": rt.CACHE_AWARE,
     "dynamo": rt.DYNAMO,
     "llm_d": rt.LLM_D,
+    "llm_d_kv": rt.LLM_D,
     "pull": rt.PULL,
 }
 """Those that replicas advance together for, by what the kernel calls them."""
 
 
 def router_memory(
-    share: Share, settings: EngineSettings, trace: Trace, number: Number, *, computes: bool = True
+    share: Share, settings: EngineSettings, trace: Trace, number: Number, *, blocks: int, computes: bool = True
 ) -> NDArray[np.int64]:
     """Registers of a router that has sent nothing, with the parts that they lead to.
 
@@ -40,6 +41,7 @@ def router_memory(
     settings : EngineSettings
     trace : Trace
     number : callable          numbers pieces of contents
+    blocks : int               KV blocks of each replica
     computes : bool            whether the replicas compute prompts, rather than get them from others
 
     Raises
@@ -65,6 +67,8 @@ def router_memory(
         rt.WHOLE: own.known_share[1],
         rt.PREFIX_WEIGHT: PREFIX_WEIGHT,
         rt.QUEUE_WEIGHT: QUEUE_WEIGHT,
+        rt.FREE_WEIGHT: FREE_WEIGHT if share.routing == "llm_d_kv" else 0,
+        rt.POOL: blocks,
         rt.FIRST_WAITS: NONE,
         rt.LAST_WAITS: NONE,
     }.items():
@@ -75,7 +79,7 @@ def router_memory(
     if share.routing == "power_of_two":
         drawn = pairs(len(share.rows), count)
     by_piece = {"cache_aware": known.known, "dynamo": known.known * count * rt.HELD_SIZE}
-    by_piece["llm_d"] = by_piece["dynamo"]
+    by_piece["llm_d"] = by_piece["llm_d_kv"] = by_piece["dynamo"]
     parts = {
         rt.STARTS_AT: known.starts,
         rt.PIECES_AT: known.pieces,

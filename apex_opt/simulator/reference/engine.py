@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from apex_opt.engines.schedulers import TrtllmScheduling
@@ -42,7 +43,7 @@ class Engine:
     def __init__(self, pool: EnginePool, *, log: bool, scheduler: type[Scheduler] | None = None) -> None:
         self.scheduler = scheduler(pool.settings, pool.blocks) if scheduler else scheduler_of(pool)
         self.draft_tokens = pool.settings.speculation.draft_tokens if pool.settings.speculation else 0
-        self.laws = pool.laws
+        self.laws, self.pool_blocks = pool.laws, pool.blocks
         self.seats = pool.settings.max_num_seqs * pool.schedulers
         self._sleep_ns = pool.settings.scheduler.idle_sleep_ns
         self.depth = pool.settings.depth(len(pool.laws))
@@ -79,6 +80,11 @@ class Engine:
     def waiting(self) -> int:
         """Requests sent that do not run, or no longer."""
         return len(self.arrivals) + self.scheduler.queued
+
+    @property
+    def free(self) -> Fraction:
+        """Share of the KV blocks that no request holds."""
+        return Fraction(self.scheduler.nobodys, self.pool_blocks)
 
     @property
     def cached(self) -> int:

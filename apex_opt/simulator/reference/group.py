@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -321,6 +322,12 @@ class Group:
     def waiting(self) -> int:
         """Requests sent that do not run, or no longer."""
         return self._unanswered - sum(len(rank.scheduler.running) for rank in self.members)
+
+    @property
+    def free(self) -> Fraction:
+        """Share of the KV blocks of all ranks that no request holds."""
+        free = sum(rank.scheduler.nobodys for rank in self.members)
+        return Fraction(free, len(self.members) * self.pool.blocks)
 
     def next_ns(self) -> int | None:
         """When somebody acts next; None where nothing is left to do."""

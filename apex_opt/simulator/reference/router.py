@@ -9,7 +9,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING, Protocol
 
-from apex_opt.simulator.routing import PREFIX_WEIGHT, QUEUE_WEIGHT, RouterSettings, pairs, prefixes
+from apex_opt.simulator.routing import FREE_WEIGHT, PREFIX_WEIGHT, QUEUE_WEIGHT, RouterSettings, pairs, prefixes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -172,13 +172,14 @@ class Dynamo:
 class LlmD:
     """The replica with the best sum of scores: for what it was sent of the prompt before, and for its short queue.
 
-    It sees the queues as they are, though the router asks for them every 50 ms.
+    Where it weighs that as well, also for the share of its KV blocks that nobody holds. It sees queues and blocks as
+    they are, though the router asks for them every 50 ms.
 
     Source: `pkg/epp/framework/plugins/scheduling` of llm-d-router, with the weights of its guide.
     """
 
-    def __init__(self, known: Prefixes, block_size: int) -> None:
-        self._known, self._block_size = known, block_size
+    def __init__(self, known: Prefixes, block_size: int, free_weight: int = 0) -> None:
+        self._known, self._block_size, self._free_weight = known, block_size, free_weight
         self._sent: dict[Replica, set[int]] = {}
 
     def choose(self, sequence: Sequence, at_ns: int, engines: Seq[Replica]) -> Replica:
@@ -186,9 +187,11 @@ class LlmD:
         pieces = self._known.of(sequence.id, sequence.prompt, whole=True)
         matched = [_leading(pieces, self._sent.get(e, set())) * self._known.tokens // self._block_size for e in engines]
         scores = [
-            QUEUE_WEIGHT * queue + PREFIX_WEIGHT * prefix
-            for queue, prefix in zip(
-                queue_scores(waiting), prefix_scores(matched, sequence.prompt // self._block_size), strict=True
+            QUEUE_WEIGHT * queue
+            + PREFIX_WEIGHT * prefix
+            + (self._free_weight * engine.free if self._free_weight else 0)
+            for queue, prefix, engine in zip(
+                queue_scores(waiting), prefix_scores(matched, sequence.prompt // self._block_size), engines, strict=True
             )
         ]
         chosen = engines[scores.index(max(scores))]
@@ -240,6 +243,8 @@ def router_of(share: Share, pools: Seq[EnginePool], trace: Trace, *, computes: b
         return Dynamo(known, settings.block_size, caching=settings.prefix_caching, computes=computes)
     if share.routing == "llm_d":
         return LlmD(known, settings.block_size)
+    if share.routing == "llm_d_kv":
+        return LlmD(known, settings.block_size, FREE_WEIGHT)
     return LeastLoaded()
 
 

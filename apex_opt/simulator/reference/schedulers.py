@@ -141,6 +141,11 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     @property
+    def nobodys(self) -> int:
+        """KV blocks that no request holds."""
+        return self.blocks.free
+
+    @property
     def queued(self) -> int:
         """Requests that wait."""
         return len(self.waiting)

@@ -122,7 +122,11 @@ class SglangScheduler(Scheduler):
 
     def left(self) -> int:
         """Tokens of pages that are free or would be."""
-        return (self.free + (self.tree.evictable if self.tree is not None else 0)) * self.page
+        return self.nobodys * self.page
+
+    @property
+    def nobodys(self) -> int:
+        return self.free + (self.tree.evictable if self.tree is not None else 0)
 
     def make_room(self, tokens: int) -> None:
         """Drop what is cached until there are free pages of so many tokens, or nothing more to drop."""
