@@ -427,7 +427,8 @@ def look_nb(run: Run, router: I64, first: int, count: int) -> None:
         r = at(run.replicas, (first + place) * REPLICA_SIZE)
         p = at(router, router[REPLICAS_AT] + place * ROUTED_SIZE)
         p[LOAD] = r[SENT] - r[ENDED]
-        p[WAITING], p[UNHELD] = p[LOAD] - r[RUNNING], r[FREE]
+        p[WAITING] = p[LOAD] - r[RUNNING]
+        p[UNHELD] = r[FREE]
         if router[RULE] == PULL and p[LOAD] >= r[MAX_SEQS]:
             p[LOAD] = NEVER
 
