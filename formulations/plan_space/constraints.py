@@ -227,7 +227,7 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
                 [v.limits, v.attention_dp],
                 ((i, n, runs.answers(n, i)) for i in range(len(instance.batch_limits)) for n in degrees),
             ),
-            _holds(
+            holds(
                 model,
                 "experts_split",
                 [v.ffn_dp, v.ffn_tp, v.ffn_ep],
