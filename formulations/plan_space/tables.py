@@ -18,7 +18,15 @@ def greatest(model: cp_model.CpModel, variable: cp_model.IntVar) -> int:
 def tabulated(
     model: cp_model.CpModel, name: str, keys: list[cp_model.IntVar], rows: Iterable[tuple[int, ...]]
 ) -> cp_model.IntVar:
-    """A variable that is a tabulated function of others; the last column is its value."""
+    """A variable that is a tabulated function of others; the last column is its value.
+
+    Parameters
+    ----------
+    model : CpModel
+    name : str    of the variable
+    keys : list of IntVar    what it is a function of
+    rows : of values of these, and of its own
+    """
     table = list(rows)
     values = sorted({row[-1] for row in table})
     result = model.new_int_var(values[0], values[-1], name)
@@ -29,5 +37,10 @@ def tabulated(
 def holds(
     model: cp_model.CpModel, name: str, keys: list[cp_model.IntVar], rows: Iterable[tuple[int, ...]]
 ) -> cp_model.Constraint:
-    """A tabulated condition: the last column says whether it holds. Unlike a table, a sum can be enforced anywhere."""
+    """A tabulated condition: the last column says whether it holds. Unlike a table, a sum can be enforced anywhere.
+
+    Parameters
+    ----------
+    model, name, keys, rows : as of `tabulated`
+    """
     return model.add(tabulated(model, name, keys, rows) == 1)

@@ -207,7 +207,13 @@ def _span_rows(layout: Layout, settings: EngineSettings) -> I64:
 
 @lru_cache(maxsize=4)
 def content_of(trace: Trace, block_size: int, max_model_len: int) -> BlockContent:
-    """What the blocks of a trace hold, the same for every plan; the kernel only reads it."""
+    """What the blocks of a trace hold, the same for every plan; the kernel only reads it.
+
+    Parameters
+    ----------
+    trace : Trace
+    block_size, max_model_len : int    tokens
+    """
     return BlockContent.of(trace, block_size, trace.generated(max_model_len), number_pieces)
 
 

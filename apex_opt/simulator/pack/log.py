@@ -43,7 +43,12 @@ def tokens_of(steps: I64, taken_ns: I64, rows: I64) -> tuple[I64, I64]:
 
 
 def steps_of(steps: I64, rows: I64, lost: I64) -> list[Step]:
-    """The log as lists, replica by replica."""
+    """The log as lists, replica by replica.
+
+    Parameters
+    ----------
+    steps, rows, lost : as the kernel writes them: a line for each batch, each sequence in one, each that gave way
+    """
     shares, preempted = rows.tolist(), lost.tolist()
     found: list[tuple[int, Step]] = []
     row = gone = 0
