@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 
-from tests.golden.freeze import commands, difference, lines, read, run
+from tests.golden.freeze import at_night, commands, difference, lines, read, run
 
 # A question is asked for in one form after the other, as its answer is not kept for long.
 COMMANDS = sorted(
     ((group, command) for group, members in commands().items() for command in members),
     key=lambda member: member[1].replace(" --format=table", ""),
 )
+ASKED = [
+    pytest.param(group, command, marks=pytest.mark.nightly if command in at_night() else ())
+    for group, command in COMMANDS
+]
 MOST_LINES = 25
 
 
@@ -38,13 +42,13 @@ def told(command: str, moved: list[str]) -> str:
     return "\n".join([f"{len(moved)} moved in: {command}", *short])
 
 
-@pytest.mark.parametrize(("group", "command"), COMMANDS)
+@pytest.mark.parametrize(("group", "command"), ASKED)
 def test_an_answer_is_as_frozen(group: str, command: str) -> None:
     moved = difference(read(group).get(command), answered(command)[0])
     assert not moved, told(command, moved)
 
 
-@pytest.mark.parametrize(("group", "command"), COMMANDS)
+@pytest.mark.parametrize(("group", "command"), ASKED)
 def test_a_search_goes_as_frozen(group: str, command: str) -> None:
     moved = difference(read("search").get(command, {}), answered(command)[1])
     assert not moved, told(command, moved)

@@ -32,6 +32,8 @@ from tests import cli_cases
 ANSWERS = Path(__file__).parent / "answers"
 RENAMED: dict[str, str] = {}
 """Keys that documents have renamed since, to the names that are frozen; empty once all is recorded anew."""
+AT_NIGHT = "at night: "
+"""What commands begin with that tests ask at night only."""
 VOLATILE = {"version", "schema", "root", "expected"}
 SEARCH = re.compile(
     r"(.*\.)?(certificate|certificates\[\d+\]|pipelines\[\d+\]|check)(\.before\[\d+\])*\.(bounded|simulated|cut_short|missed"
@@ -54,8 +56,14 @@ def commands() -> dict[str, list[str]]:
             if named := re.fullmatch(r"(\w+) = (.*)", line):
                 parts[named[1]] = named[2]
             else:
-                group.append(re.sub(r"\$(\w+)", lambda found: parts[found[1]], line))
+                group.append(re.sub(r"\$(\w+)", lambda found: parts[found[1]], line.removeprefix(AT_NIGHT)))
     return groups
+
+
+def at_night() -> set[str]:
+    """Commands that tests ask at night only."""
+    lines = (ANSWERS / "commands.txt").read_text().splitlines()
+    return {line.removeprefix(AT_NIGHT) for line in lines if line.startswith(AT_NIGHT)}
 
 
 ONCE = cli_cases.Once()
