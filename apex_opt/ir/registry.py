@@ -40,7 +40,7 @@ def load_model(name_or_path: str) -> Model:
     entries = _entries()
     name = _names().get(wanted.lower())
     if name is not None:
-        return _registered(name, entries[name])
+        return _registered(name)
     if wanted:
         path = expanded(wanted)
         if there(path):
@@ -83,7 +83,7 @@ def model_names() -> tuple[str, ...]:
 
 def list_models() -> tuple[Model, ...]:
     """Every model of the registry, in the order of its index."""
-    return tuple(_registered(name, entry) for name, entry in _entries().items())
+    return tuple(map(_registered, _entries()))
 
 
 @functools.cache
@@ -98,8 +98,10 @@ def _names() -> dict[str, str]:
     return {spelling.lower(): name for name, entry in _entries().items() for spelling in (name, *entry["aliases"])}
 
 
-def _registered(name: str, entry: dict[str, Any]) -> Model:
-    """Model of one index entry."""
+@functools.cache
+def _registered(name: str) -> Model:
+    """Model of one index entry, read once: studies ask many questions about the same few."""
+    entry = _entries()[name]
     config = read_json_object(CONFIG_FOLDER / entry["config"])
     return model_from_config(config, name, f"registry {name}: {entry['note']}")
 

@@ -7,6 +7,7 @@ import re
 import tomllib
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -90,11 +91,7 @@ def load_trace(spec: str, seed: int = 0, *, unit: str | None = None, block: int 
         if given is not None and (shipped or described):
             raise UsageError(f"{option}: is for trace files, and {spec!r:.60} is none; leave it out")
     if shipped:
-        trace = _parse(f"trace {spec}", spec, f"file traces/{spec}.jsonl", _read(_folder() / f"{spec}.jsonl", spec))
-        with suppress(ApexError, KeyError):  # without its card it is a file like any other
-            card = _card(spec)
-            return replace(trace, arrivals=describe_trace(card["law"], card["seed"], {"n": "1"}).arrivals)
-        return trace
+        return _shipped(_folder(), spec)
     if described:
         return describe_trace(spec, seed)
     if not there(path := expanded(spec)):
@@ -113,6 +110,16 @@ def load_trace(spec: str, seed: int = 0, *, unit: str | None = None, block: int 
         block,
         int(named[1]) if named else None,
     )
+
+
+@cache
+def _shipped(folder: Path, name: str) -> Trace:
+    """A shipped trace, read once: studies ask many questions of the same one."""
+    trace = _parse(f"trace {name}", name, f"file traces/{name}.jsonl", _read(folder / f"{name}.jsonl", name))
+    with suppress(ApexError, KeyError):  # without its card it is a file like any other
+        card = _card(name)
+        return replace(trace, arrivals=describe_trace(card["law"], card["seed"], {"n": "1"}).arrivals)
+    return trace
 
 
 def frame_trace(frame: Any, seed: int = 0, *, unit: str | None = None, block: int | None = None) -> Trace:
