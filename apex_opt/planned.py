@@ -35,7 +35,7 @@ def resolve_plan(text: str, ask: Ask, *, rated: bool = False) -> tuple[Problem, 
 
     Raises
     ------
-    ApexError    as `resolve`; a plan that cannot be read, or several formats for it
+    ApexError    as `resolve` and `planned`
     """
     return planned(text, ask, resolve(ask, rated=rated))
 
@@ -102,11 +102,9 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
 
     Raises
     ------
-    UsageError    a plan that cannot be read, or several formats, clocks or limits for it
+    UsageError    a plan that cannot be read, or that does not say which of several formats, clocks or limits it has
     """
     deployment = parse_deployment(text, problem.model, problem.types)
-    if len(problem.batch_limits) > 1:
-        raise UsageError("--max_num_seqs and --max_num_batched_tokens: one plan has one of each (seqs=, tokens=)")
     pools, offers = [], {offer.name: offer for offer in problem.offers}
     for pool in deployment.pools:
         if pool.plan.on and not problem.mixed:
@@ -129,7 +127,8 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
     named = tuple(dict.fromkeys(pool.plan.speculation for pool in pools))
     if named != problem.drafters:
         problem = _drafting(named, ask, problem)
-    return replace(problem, offers=tuple(offers.values())), replace(deployment, pools=tuple(pools))
+    problem = replace(problem, offers=tuple(offers.values()), batch_limits=((None, None),))
+    return problem, replace(deployment, pools=tuple(pools))
 
 
 def _drafting(named: tuple[Drafter | None, ...], ask: Ask, problem: Problem) -> Problem:
@@ -157,11 +156,8 @@ def _drafting(named: tuple[Drafter | None, ...], ask: Ask, problem: Problem) -> 
 def _completed(pool: Pool, text: str, ask: Ask, problem: Problem, offer: Offer) -> Plan:
     """The plan of a pool with the formats, the clock and the drafts that its text does not name: those asked for."""
     plan = pool.plan
-    if len(offer.weight_formats) > 1:
-        raise UsageError(f"--weights: {ask.weights!r:.60} names several formats; one plan has one")
-    if len(offer.clocks) > 1:
-        raise UsageError(f"--clock: {ask.clock!r:.60} names several clocks; one plan has one")
     words = text.lower().replace("{", " ").replace("}", " ").split()
+    _check_named(plan, words, ask, problem, offer)
     weights = plan.weight_format if plan.weight_format in words else offer.weight_formats[0]
     if any(word.startswith("kv=") for word in words):
         kv = plan.kv_format
@@ -169,7 +165,9 @@ def _completed(pool: Pool, text: str, ask: Ask, problem: Problem, offer: Offer) 
         kv = problem.model.kv_format or default_kv_format(weights)
     else:
         kv = offer.kv_formats[0]
-    clock = offer.clocks[0] if plan.clock_mhz is None else plan.clock_mhz
+    clock = plan.clock_mhz
+    if clock is None and None not in offer.clocks:  # as answers do, a plan names no clock where it is the highest
+        (clock,) = offer.clocks
     drafter = plan.speculation
     # A plan names its drafts, if any, as answers do; it takes those that every plan of the question has.
     if drafter is None and "spec=none" not in words and None not in problem.drafters:
@@ -195,6 +193,36 @@ def _completed(pool: Pool, text: str, ask: Ask, problem: Problem, offer: Offer) 
         overlap=overlap,
         route=route,
     )
+
+
+def _check_named(plan: Plan, words: Sequence[str], ask: Ask, problem: Problem, offer: Offer) -> None:
+    """Refuse a plan that does not say which of several formats, clocks or limits is its own.
+
+    Parameters
+    ----------
+    plan
+    words : those of its text, in lower case
+    ask, problem, offer
+
+    Raises
+    ------
+    UsageError
+    """
+    seqs, tokens = problem.batch_limits[0]  # None where there is no choice
+    formats, clocks = offer.weight_formats, offer.clocks
+    unnamed = {
+        ("weights", formats[0]): len(formats) > 1 and plan.weight_format not in words,
+        ("clock", f"clock={clocks[0]}"): len(clocks) > 1 and plan.clock_mhz is None and None not in clocks,
+        ("max_num_seqs", f"seqs={seqs}"): seqs is not None and plan.max_num_seqs is None,
+        ("max_num_batched_tokens", f"tokens={tokens}"): tokens is not None and plan.max_num_batched_tokens is None,
+    }
+    for option, named in (key for key, missing in unnamed.items() if missing):
+        given = getattr(ask, option)
+        told = given if isinstance(given, str) else ",".join(map(str, given))
+        raise UsageError(
+            f"--{option}={told:.60} is a choice, and one plan has one of these: give one, or name it in the plan, as "
+            f"{named}"
+        )
 
 
 def resolve_place(given: PlaceAsk) -> tuple[tuple[Problem, Plan], ...]:

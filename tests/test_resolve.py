@@ -321,9 +321,37 @@ def test_a_plan_to_be_placed_may_name_the_type_it_goes_on() -> None:
         resolve_place(PlaceAsk(plan="b200: tp2", **mixed))
 
 
-def test_one_plan_has_one_format() -> None:
-    with pytest.raises(UsageError, match="'bf16,fp8' names several formats"):
-        resolve_plan("tp8", options(weights="bf16,fp8"))
+@pytest.mark.parametrize(
+    ("choice", "text", "unnamed"),
+    [
+        ({"weights": "bf16,fp8"}, "tp8 fp8", "--weights=bf16,fp8 is a choice.*as bf16"),
+        ({"clock": "1200,1600"}, "tp8 clock=1600", "--clock=1200,1600 is a choice.*as clock=1200"),
+        ({"max_num_seqs": (64, 256)}, "tp8 seqs=256", "--max_num_seqs=64,256 is a choice.*as seqs=64"),
+        (
+            {"max_num_batched_tokens": (2048, 8192)},
+            "tp8 tokens=2048",
+            "--max_num_batched_tokens=2048,8192 is a choice.*as tokens=2048",
+        ),
+        (
+            {"max_num_seqs": (64, 256), "max_num_batched_tokens": (2048, 8192)},
+            "tp8 seqs=64 tokens=8192",
+            "--max_num_seqs=64,256 is a choice",
+        ),
+    ],
+)
+def test_a_plan_says_which_of_several_choices_is_its_own(choice: dict[str, Any], text: str, unnamed: str) -> None:
+    """Options of `plan` can be asked with again, and its answer is then the same deployment."""
+    problem, deployment = resolve_plan(text, options(**choice))
+    alone, same = resolve_plan(text, options())
+    assert deployment == same
+    assert (problem.batch_limits, problem.offer.weight_formats) == (alone.batch_limits, alone.offer.weight_formats)
+    with pytest.raises(UsageError, match=unnamed):
+        resolve_plan("tp8", options(**choice))
+
+
+def test_a_plan_without_a_clock_has_the_highest_where_that_is_among_the_choices() -> None:
+    assert resolve_plan("tp8", options(clock="all"))[1].plan.clock_mhz is None
+    assert resolve_plan("tp8", options(clock="1200"))[1].plan.clock_mhz == 1200
 
 
 @pytest.mark.parametrize("option", ["model", "cluster", "trace"])
