@@ -18,8 +18,8 @@ from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.ir import KV_BYTES, Model, get_format, load_model
 from apex_opt.overlapping import about_overlap, overlaps_of, plans_overlap
-from apex_opt.plans.acceptance import parse_speculation, speculations
-from apex_opt.plans.engine import EngineSettings, check_states
+from apex_opt.plans.acceptance import check_acceptance, parse_speculation, speculations
+from apex_opt.plans.engine import EngineSettings, check_snapshots, check_states
 from apex_opt.plans.plan import default_kv_format, foreign_mix
 from apex_opt.plans.routing import SEES_PREFIXES
 from apex_opt.profiles import check_profiles
@@ -124,10 +124,18 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         )
     check_states(settings, model)
     keeping = model.state_bytes_per_sequence > 0
-    notes = (*notes, *settings.scheduler.told(chunked_prefill=settings.chunked_prefill, states=keeping))
+    told = settings.scheduler.told(
+        chunked_prefill=settings.chunked_prefill, caches=settings.prefix_caching, states=keeping
+    )
+    notes = (*notes, *told)
     drafters = parse_speculation(ask.speculation)
-    if not any(drafters) and ask.acceptance is not None and "spec=" not in str(getattr(ask, "plan", "")):
-        raise UsageError("--acceptance says what comes of drafts, and none are made; give --speculation=eagle:3")
+    if not any(drafters) and ask.acceptance is not None:
+        check_acceptance(ask.acceptance)
+        if "spec=" not in str(getattr(ask, "plan", "")):
+            notes = (
+                *notes,
+                "--acceptance has no effect where no drafts are made; --speculation=eagle:3 would make some",
+            )
     drafting, about = speculation_of(ask, settings, model, drafters)
     settings, notes = replace(settings, drafting=drafting), (*notes, *about)
     shares: tuple[Shares, ...] = ()
@@ -332,6 +340,7 @@ def _settings(
         )
     whole = not scheduler.splits_prompts or not common["chunked_prefill"]
     by_length = whole and scheduler.whole_length
+    check_snapshots(scheduler, model)
     longest = ask.max_model_len
     if longest is None:
         # A batch must take the longest prompt whole: no longer than the trace needs, as its time is tabulated.

@@ -269,6 +269,12 @@ def numbers_in(line: str) -> list[float]:
     return [float(text.replace(",", "")) for text in re.findall(r"\d[\d,]*(?:\.\d+)?", line)]
 
 
+def test_commands_are_not_asked_for_as_rows() -> None:
+    code, out, error = run("plan", "--emit", "--format=csv", *CHEAP)
+    assert (code, out) == (2, "")
+    assert error.startswith("error: --emit: commands are no rows, and --format=csv prints nothing else; leave")
+
+
 def test_several_objectives_costs_and_goals_on_every_figure_are_answered_and_replayed() -> None:
     goals = (
         "ttft_p95<=1s,itl_p99.9<=1s,itl<=1s@99%,goodput>=0.001,makespan<=1000s,energy<=1MJ,energy_per_token<=1kJ,"

@@ -539,7 +539,6 @@ def test_drafts_of_a_plan_are_as_right_as_in_the_choice_that_has_them() -> None:
             "drafts are modelled as trtllm makes them, and --runnable=vllm asks for plans that another engine",
         ),
         ({"speculation": "draft:mistral-7b:3", "acceptance": "2"}, "a draft model has that of the model"),
-        ({"acceptance": "2"}, "none are made; give --speculation"),
         ({"speculation": "eagle:3", "runnable": "sglang"}, "--runnable=sglang asks for plans that another engine"),
         ({"speculation": "mtp:1", "acceptance": "1.5"}, "llama-3.1-8b states no layers of multi-token prediction"),
     ],
@@ -548,6 +547,20 @@ def test_drafts_that_no_engine_makes_are_refused_in_one_line(given: dict[str, An
     with pytest.raises(UsageError, match=message) as caught:
         resolve(options(**given))
     assert "\n" not in str(caught.value)
+
+
+def test_acceptance_is_read_and_has_no_effect_where_no_drafts_are_made() -> None:
+    """A study asks with drafts and without, and with one acceptance."""
+    plain, told = resolve(options()), resolve(options(speculation="none", acceptance="2.5"))
+    assert told.settings == plain.settings and told.drafters == plain.drafters
+    assert set(told.notes) - set(plain.notes) == {
+        "--acceptance has no effect where no drafts are made; --speculation=eagle:3 would make some"
+    }
+    for text, message in (("many", "cannot read 'many'"), ("10", "brings 1 to 9 tokens"), ("0.5/0.6", "above the one")):
+        with pytest.raises(UsageError, match=message):
+            resolve(options(acceptance=text))
+    with pytest.raises(ApexError, match=r"nowhere\.json"):
+        resolve(options(acceptance="nowhere.json"))
 
 
 def test_drafts_of_pools_that_hand_over_are_refused_with_the_plan_that_asks_for_them() -> None:
@@ -601,8 +614,9 @@ def test_trtllm_reuses_blocks_of_models_with_states_where_these_are_kept_as_well
         with pytest.raises(UsageError, match=r"nemotron-3-nano-30b-a3b has states, without which trtllm reuses no bl"):
             resolve(options(**hybrid, engine_settings=own, chunked_prefill=chunked))
     assert resolve(options(**hybrid, engine_settings=kept, chunked_prefill=True)).settings.prefix_caching
-    with pytest.raises(UsageError, match=r"snapshot_interval is of models with states, which llama-3\.1-8b has"):
-        resolve(options(**asked, engine_settings=kept, chunked_prefill=True))
+    for every in (64, 65):  # no other multiple would do
+        with pytest.raises(UsageError, match=r"snapshot_interval is of models with states, which llama-3\.1-8b has"):
+            resolve(options(**asked, engine_settings=kept.replace("64", f"{every}"), chunked_prefill=True))
     notes = resolve(
         options(**hybrid | {"prefix_caching": False}, engine_settings="snapshot_interval=64", chunked_prefill=True)
     ).notes
@@ -610,6 +624,10 @@ def test_trtllm_reuses_blocks_of_models_with_states_where_these_are_kept_as_well
     forced = hybrid | {"prefix_caching": False, "engine_settings": "context_chunking_policy=FORCE_CHUNK"}
     notes = resolve(options(**forced, chunked_prefill=True)).notes
     assert any("FORCE_CHUNK is FIRST_COME_FIRST_SERVED without snapshot_interval" in note for note in notes)
+    unread = hybrid | {"prefix_caching": False, "engine_settings": kept, "chunked_prefill": True}
+    assert any(
+        "FIRST_COME_FIRST_SERVED without --prefix_caching=true" in note for note in resolve(options(**unread)).notes
+    )
 
 
 def test_trtllm_reuses_nothing_of_models_with_states_alone() -> None:

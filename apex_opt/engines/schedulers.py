@@ -105,12 +105,13 @@ class Scheduling:
         """
         return seats
 
-    def told(self, *, chunked_prefill: bool, states: bool) -> tuple[str, ...]:
+    def told(self, *, chunked_prefill: bool, caches: bool, states: bool) -> tuple[str, ...]:
         """What has to be known of its own settings: those that do nothing beside the others, and what they cost.
 
         Parameters
         ----------
         chunked_prefill : bool
+        caches : bool             whether prefixes are cached
         states : bool             whether the model has states, which may be kept
         """
         return ()
@@ -325,7 +326,7 @@ class TrtllmScheduling(Scheduling):
     def may_preempt(self) -> bool:
         return self.capacity_policy == "MAX_UTILIZATION"
 
-    def told(self, *, chunked_prefill: bool, states: bool) -> tuple[str, ...]:
+    def told(self, *, chunked_prefill: bool, caches: bool, states: bool) -> tuple[str, ...]:
         found, waits = [], (bool(self.batch_wait_timeout_iters), bool(self.batch_wait_max_tokens_ratio))
         if self.context_chunking_policy != CHUNKING_POLICIES[0] and not chunked_prefill:
             found.append(
@@ -339,6 +340,11 @@ class TrtllmScheduling(Scheduling):
             )
         elif forces and not every:
             found.append("context_chunking_policy=FORCE_CHUNK is FIRST_COME_FIRST_SERVED without snapshot_interval")
+        elif forces and chunked_prefill and not caches:
+            found.append(
+                "context_chunking_policy=FORCE_CHUNK is FIRST_COME_FIRST_SERVED without --prefix_caching=true, as "
+                "nobody finds the states that it keeps"
+            )
         if every and not forces:
             found.append("snapshot_interval has no effect without context_chunking_policy=FORCE_CHUNK")
         if waits == (True, False):

@@ -143,8 +143,33 @@ def speculations(
     )
 
 
+def check_acceptance(text: str) -> None:
+    """Refuse what cannot be read, where no drafts are made that it could be of.
+
+    Raises
+    ------
+    UsageError, InputError    as `speculations`
+    """
+    if text.lower().endswith(".json"):
+        _read(text)
+    elif (mean := _values(text)[0]) >= 1:
+        _one_rate(mean, MOST_DRAFTS)
+
+
 def _rates(text: str, most: int) -> tuple[Fraction, ...]:
     """Shares of rows in which at least one draft is right, at least two, and so on."""
+    values = _values(text)
+    if values[0] >= 1 and len(values) == 1:
+        return _one_rate(values[0], most)
+    if len(values) < most:
+        raise UsageError(
+            f"--acceptance: {shown(text)} is of {len(values)} drafts, up to {most} are made; give {most} shares"
+        )
+    return values
+
+
+def _values(text: str) -> tuple[Fraction, ...]:
+    """A mean from 1, or shares of which none is above the one before it."""
     parts = text.strip().split("/")
     if not all(_RATE.fullmatch(part) for part in parts):
         raise UsageError(
@@ -153,11 +178,7 @@ def _rates(text: str, most: int) -> tuple[Fraction, ...]:
         )
     values = tuple(map(Fraction, parts))
     if len(values) == 1 and values[0] >= 1:
-        return _one_rate(values[0], most)
-    if len(values) < most:
-        raise UsageError(
-            f"--acceptance: {shown(text)} is of {len(values)} drafts, up to {most} are made; give {most} shares"
-        )
+        return values
     if any(later > before for before, later in zip((Fraction(1), *values), values, strict=False)):
         raise UsageError(f"--acceptance: {shown(text)} must be shares of at most 1, none above the one before it")
     return values

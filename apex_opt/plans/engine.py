@@ -226,8 +226,22 @@ class EngineSettings:
             )
 
 
+def check_snapshots(scheduler: Scheduling, model: Model) -> None:
+    """Refuse an interval at which TensorRT-LLM keeps states of a model that has none, whatever the interval.
+
+    Raises
+    ------
+    UsageError
+    """
+    if isinstance(scheduler, TrtllmScheduling) and scheduler.snapshot_interval and not model.state_bytes_per_sequence:
+        raise UsageError(
+            f"--engine_settings: snapshot_interval is of models with states, which {model.name} has none of; leave it "
+            "out"
+        )
+
+
 def check_states(settings: EngineSettings, model: Model) -> None:
-    """Refuse what TensorRT-LLM does with states where a model has none, and blocks without the states behind them.
+    """Refuse blocks that TensorRT-LLM would reuse without the states behind them.
 
     Raises
     ------
@@ -236,11 +250,6 @@ def check_states(settings: EngineSettings, model: Model) -> None:
     if not isinstance(own := settings.scheduler, TrtllmScheduling):
         return
     has_states = model.state_bytes_per_sequence > 0
-    if own.snapshot_interval and not has_states:
-        raise UsageError(
-            f"--engine_settings: snapshot_interval is of models with states, which {model.name} has none of; leave it "
-            "out"
-        )
     if settings.prefix_caching and has_states and model.kv_bytes_per_token(1) == 0:
         raise UsageError(
             f"--prefix_caching: {model.name} has states alone; those that trtllm keeps are simulated as kept as long "
