@@ -340,8 +340,8 @@ def _check_files(request: Request) -> None:
     """Look at what options need before any work is done for them: files to write, and what draws pictures."""
     if request.shown.format == "csv" and getattr(request.arguments, "emit", False):
         raise UsageError(
-            "--emit: commands are no rows, and --format=csv prints nothing else; leave --format out, use json, or write "
-            "them with --save=DIR"
+            "--emit: commands are no rows, and --format=csv prints nothing else; leave --format out, use json, or "
+            "write them with --save=DIR"
         )
     if request.saved is not None:
         from apex_opt.launch.saved import check_new

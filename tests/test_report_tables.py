@@ -241,6 +241,23 @@ def test_candidates_lose_columns_but_never_one_with_a_goal(monkeypatch: pytest.M
             assert f"{rank}  {candidate['plan']} " in text
 
 
+def test_plans_that_differ_in_limits_which_change_no_figure_are_told_once() -> None:
+    metrics = {**CANDIDATE["metrics"], "makespan_s": 300.0}
+    plans = ("tp8 seqs=1024 clock=990", "tp8 seqs=256 clock=990", "tp8 seqs=64 clock=990", "tp8 seqs=64", "tp4 seqs=64")
+    slower = {2: {"metrics": metrics}}
+    candidates = [{**CANDIDATE, "plan": plan, **slower.get(place, {})} for place, plan in enumerate(plans)]
+    text = answer(candidates=candidates)
+    _, _, *rows = block(text, "Candidates")
+    assert [row.split()[:2] for row in rows if row[0].isdigit()] == [
+        ["1", "tp8"],
+        ["3", "tp8"],
+        ["4", "tp8"],
+        ["5", "tp4"],
+    ]
+    assert "all figures of 1 are the same with seqs=256\n" in text
+    assert "all figures" not in answer()
+
+
 @pytest.mark.parametrize("width", [40, 50])
 def test_where_goals_have_no_room_candidates_are_told_one_below_the_other(
     monkeypatch: pytest.MonkeyPatch, width: int

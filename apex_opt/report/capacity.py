@@ -22,7 +22,15 @@ from apex_opt.report.layout import (
 )
 from apex_opt.report.mixed import parts_table, pools_tables
 from apex_opt.report.robust import GPUS, robust_section
-from apex_opt.report.tables import best_tables, figure_columns, lost_words, question_line, shares_words
+from apex_opt.report.tables import (
+    alike_lines,
+    best_tables,
+    figure_columns,
+    lost_words,
+    question_line,
+    shares_words,
+    told_once,
+)
 from apex_opt.schema import of
 from apex_opt.studies.capacity import ASSUMPTION
 from apex_opt.workload.steady import rate_of, words
@@ -230,6 +238,7 @@ def _plans(console: Console, document: Document) -> None:
     heads = ["#", "plan", "GPUs", "req/s", "per GPU", *(("next", "at the next") * highest)]
     heads += [*of_requests, "answered/s", "kJ"]
     kept = {0, 1, 3} | {place for place, head in enumerate(heads) if head in goals}
+    told = told_once(document["candidates"])
     rows = [
         (
             str(rank),
@@ -242,10 +251,11 @@ def _plans(console: Console, document: Document) -> None:
             f"{row['metrics']['throughput_rps']:.3f}",
             kilojoules(row["metrics"]["energy_j"]),
         )
-        for rank, row in enumerate(document["candidates"], 1)
+        for rank, row in ((rank, document["candidates"][rank - 1]) for rank in told)
     ]
     title = "Plans by rate" if highest else "Plans on as few GPUs"
     table(console, title, heads, rows, left={1, 6} if highest else {1}, kept=kept)
+    alike_lines(console, document["candidates"], told)
 
 
 def _proof(console: Console, document: Document) -> None:

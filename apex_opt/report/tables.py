@@ -28,7 +28,7 @@ from apex_opt.report.robust import robust_section
 from apex_opt.units import GB, GIB, TERA, add_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from rich.console import Console
 
@@ -158,10 +158,54 @@ def candidates_table(console: Console, document: Document, word: str = "plan") -
             "MFU": lambda c: f"{c['metrics']['mfu']:.1%}",
             "MBU": lambda c: f"{c['metrics']['mbu']:.1%}",
         }
-    rows = [(str(rank), *(read(run) for read in columns.values())) for rank, run in enumerate(runs, 1)]
+    told = told_once(runs)
+    rows = [(str(rank), *(read(runs[rank - 1]) for read in columns.values())) for rank in told]
     heads = ("#", *columns)
     kept = {0, 1, 3} | {place for place, head in enumerate(heads) if head in goals}
     table(console, "Candidates", heads, rows, left={1}, kept=kept)
+    alike_lines(console, runs, told)
+
+
+_LIMIT: Final = re.compile(r" ((?:seqs|tokens)=\d+)")
+
+
+def told_once(runs: Sequence[Document]) -> dict[int, list[int]]:
+    """Runs by their ranks, each with those of others that differ from it in limits which change no figure.
+
+    Parameters
+    ----------
+    runs : with their plans and metrics, the best first
+    """
+    told: dict[int, list[int]] = {}
+    for rank, run in enumerate(runs, 1):
+        alike = (
+            before
+            for before in told
+            if run["metrics"] == runs[before - 1]["metrics"]
+            and _LIMIT.sub("", run["plan"]) == _LIMIT.sub("", runs[before - 1]["plan"])
+        )
+        first = next(alike, rank)
+        told.setdefault(first, []).extend([rank] * (rank != first))
+    return told
+
+
+def alike_lines(console: Console, runs: Sequence[Document], told: Mapping[int, Sequence[int]]) -> None:
+    """What else has the figures of a row, below its table.
+
+    Parameters
+    ----------
+    console
+    runs : as for `told_once`
+    told : what that found
+    """
+    named = {rank: " ".join(_LIMIT.findall(runs[rank - 1]["plan"])) for ranks in told.values() for rank in ranks}
+    lines = [
+        f"all figures of {first} are the same with {' or '.join(named[rank] for rank in ranks)}"
+        for first, ranks in told.items()
+        if ranks
+    ]
+    if lines:
+        console.print(Text("; ".join(lines) + "\n", "dim"))
 
 
 def _then(place: int, unit: str) -> Read:
