@@ -308,7 +308,7 @@ class PlaceAsk(Setup):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CapacityAsk(Ask):
+class CapacityAsk(SpreadAsk):
     """The highest rate, or the fewest GPUs for one.
 
     Parameters
@@ -320,8 +320,8 @@ class CapacityAsk(Ask):
     plan : The only plan to ask about, such as tp8; by default all are searched. {pools}
     resolution : Step of the rates that are searched, as a share of the rate.
     top : Candidates to show, best first.
-    time_limit : Seconds after which no further plan is asked about; rates of those begun are found to their end, and
-        the answer tells what is left. By default none.
+    time_limit : Seconds after which no further run is simulated, but for those of the first plan where none was found
+        by then; the answer tells what is left. By default none.
     robust : Find out how far times may be off, those of all plans alike and those of one, before another plan is
         answered; takes some 20 to 50 searches.
     """

@@ -123,6 +123,9 @@ def test_a_head_that_is_not_known_ends_a_script_early_and_is_put_in_where_it_is_
     path.unlink()
     told = [*arguments(script, given)[0], *(file.read_text() for file in tmp_path.iterdir())]
     assert "own/head" in " ".join(told) and "EAGLE3_HEAD" not in " ".join(told)
+    # A manifest has no place to say it.
+    assert not {"kubernetes.yaml", "dynamo.yaml", "llm-d-values.yaml"} & files.keys()
+    assert "Manifests for Kubernetes, Dynamo and llm-d are left out, as the EAGLE-3 head is not" in files["README.md"]
 
 
 def test_odd_names_of_checkpoints_stay_one_word() -> None:

@@ -85,7 +85,8 @@ def test_files_of_the_field_are_read_as_their_authors_mean_them(
     trace = load_trace(str(path))
     assert read(trace) == rows
     assert (trace.content_tokens, trace.concurrency, trace.timed) == (block, None, True)
-    assert len(trace.notes) == bool(notes) and all(note.startswith(notes) for note in trace.notes)
+    told = [note for note in trace.notes if "shorter than the prompt" not in note]
+    assert len(told) == bool(notes) and all(note.startswith(notes) for note in told)
     assert trace.name == name.partition(".")[0]
 
 
@@ -589,6 +590,17 @@ def test_conversations_are_told_without_waits_too(column: str, tmp_path: Path) -
     first, second, again, alone = trace.session.tolist()
     assert first == again and len({first, second, alone}) == 3
     assert any("1 of 4 requests are later turns" in note for note in trace.notes)
+
+
+def test_turns_with_less_in_their_prompts_than_was_said_before_are_told(tmp_path: Path) -> None:
+    rows = "arrival_s,prompt,output,session\n0,5,2,a\n1,50,2,b\n2,{},2,a\n3,9,2,a\n4,4,2,\n"
+    assert not any(
+        "shorter" in note for note in load_trace(write(tmp_path, rows.format(7).replace("3,9", "3,90"))).notes
+    )
+    told = [note for note in load_trace(write(tmp_path, rows.format(6))).notes if "shorter" in note]
+    assert len(told) == 1 and told[0].startswith(
+        "1 of 2 later turns have prompts shorter than the prompt and the answer"
+    )
 
 
 def test_waits_of_requests_that_have_an_arrival_are_told_to_be_left_out(tmp_path: Path) -> None:

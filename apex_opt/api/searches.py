@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from apex_opt.gate import Progress
     from apex_opt.report.types import Robust
     from apex_opt.search import Answer, Problem, Scorer
-    from apex_opt.search.spread import Crew
+    from apex_opt.search.spread import Crew, Workers
     from apex_opt.studies.capacity_answer import Capacity
     from apex_opt.studies.check import Check
+    from apex_opt.studies.steady import Steady
+    from apex_opt.studies.trials import Trials
 
 A = TypeVar("A", bound=Arguments)
 
@@ -97,6 +99,7 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
             offers = tuple(replace(offer, clocks=(None,)) for offer in problem.offers)
             fast = replace(problem, objective=latency, then=(), offers=offers)
             fastest = search(fast, space, ask.tell, crew=crew)
+        steadfast = _robust(problem, answer, space, scorer, ask, crew) if ask.robust and answer.best else None
     # Of several types of GPU the search says why of each; what would help is for `explain`.
     found = Explanation(answer=answer)
     if not problem.several:
@@ -107,8 +110,7 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
 
     tested = replay(ask.tell) if ask.check else None
     document = document_of(name, problem, found.answer, ask, top, found)
-    if ask.robust and answer.best is not None:
-        document = replace(document, robust=_robust(problem, answer, space, scorer, ask))
+    document = document if steadfast is None else replace(document, robust=steadfast)
     if fastest is not None and fastest.best is not None and answer.best is not None:
         document = replace(document, beside=beside_document(answer.best, fast, fastest))
     return Result(
@@ -126,13 +128,29 @@ def _crew(ask: SpreadAsk) -> Iterator[Callable[[Scorer], Crew]]:
     """Who bounds and simulates for a scorer: workers, where they are asked for."""
     from apex_opt.search.spread import Alone, Spread
 
+    with _workers(ask) as workers:
+        yield Alone if workers is None else partial(Spread, workers=workers)
+
+
+@contextmanager
+def _trials(ask: SpreadAsk) -> Iterator[Callable[[Steady], Trials]]:
+    """Who tries deployments at rates for their judge: workers, where they are asked for."""
+    from apex_opt.studies.trials import Elsewhere, Here
+
+    with _workers(ask) as workers:
+        yield Here if workers is None else partial(Elsewhere, workers=workers)
+
+
+@contextmanager
+def _workers(ask: SpreadAsk) -> Iterator[Workers | None]:
+    """The workers that are asked for."""
     if ask.workers is None and ask.ray is None:
-        yield Alone
+        yield None
         return
     from apex_opt.grids.workers import opened
 
     with opened(ask.ray, ask.workers) as workers:
-        yield partial(Spread, workers=workers)
+        yield workers
 
 
 def _check_robust(ask: PlanAsk | arguments.CapacityAsk) -> None:
@@ -143,7 +161,9 @@ def _check_robust(ask: PlanAsk | arguments.CapacityAsk) -> None:
         raise UsageError("--robust: holds the best plan against all others, and --plan is the only one; leave one out")
 
 
-def _robust(problem: Problem, answer: Answer, space: Any, scorer: Scorer, ask: PlanAsk) -> Robust:
+def _robust(
+    problem: Problem, answer: Answer, space: Any, scorer: Scorer, ask: PlanAsk, crew: Callable[[Scorer], Crew]
+) -> Robust:
     """How far the times of an answer may be off, and what is as good within the error that is to be expected.
 
     Parameters
@@ -151,6 +171,7 @@ def _robust(problem: Problem, answer: Answer, space: Any, scorer: Scorer, ask: P
     problem, answer
     space : the program that enumerates plans
     scorer, ask
+    crew : who bounds and simulates
     """
     from apex_opt.report.expected import error_of
     from apex_opt.report.robust import robust_document
@@ -158,7 +179,7 @@ def _robust(problem: Problem, answer: Answer, space: Any, scorer: Scorer, ask: P
 
     assert answer.best is not None
     error = error_of(problem, answer.best, deciding(problem))
-    found = robust(problem, answer, space, scorer, None if error is None else error.share, ask.tell)
+    found = robust(problem, answer, space, scorer, None if error is None else error.share, ask.tell, crew)
     return robust_document(problem, answer.best, found, error)
 
 
@@ -169,23 +190,23 @@ def pareto(ask: arguments.ParetoAsk) -> Result:
     from apex_opt.report.charts.front import front_charts
     from apex_opt.report.pareto import pareto_document
     from apex_opt.report.picture import write_picture
+    from apex_opt.report.robust import robust_front_document
     from apex_opt.resolve import resolve
     from apex_opt.search import Scorer
     from apex_opt.studies.pareto import pareto as search_front
+    from apex_opt.studies.robust_front import robust_front
 
     objectives = [load_objective(name.strip()) for name in ask.objective.split(",")]
     problem = resolve(ask, most_gpus=LARGEST_SEARCH)
+    space, steadfast = formulation("plan_space").PlanSpace(), None
     with _crew(ask) as crew:
-        front = search_front(problem, objectives, formulation("plan_space").PlanSpace(), ask.tell, crew)
+        front = search_front(problem, objectives, space, ask.tell, crew)
+        if ask.robust and front.candidates:
+            steadfast = robust_front_document(robust_front(problem, front, space, ask.tell, crew))
     scorer = Scorer(problem)
     told = scorer.provenance(front.candidates)
     document = pareto_document(problem, front, told, lambda scored: launch_of(scorer, scored, ask))
-    if ask.robust and front.candidates:
-        from apex_opt.report.robust import robust_front_document
-        from apex_opt.studies.robust_front import robust_front
-
-        space = formulation("plan_space").PlanSpace()
-        document = replace(document, robust=robust_front_document(robust_front(problem, front, space, ask.tell)))
+    document = document if steadfast is None else replace(document, robust=steadfast)
     # Of the whole front those are told request by request that are best by one of the objectives.
     ends = [min(front.candidates, key=lambda s: o.signed(o.value(s.metrics))) for o in objectives if front.candidates]
     return Result(
@@ -242,10 +263,12 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     given: dict[str, Any] = {"deployment": deployment, "progress": ask.tell, "top": ask.top}
     given["time_limit_s"] = ask.time_limit
     space = formulation("plan_space").PlanSpace()
-    if ask.rate is None:
-        found = highest_rate(problem, space, resolution=ask.resolution, **given)
-    else:
-        found = fewest_gpus(problem, space, ask.rate, **given)
+    with _trials(ask) as trials:
+        if ask.rate is None:
+            found = highest_rate(problem, space, resolution=ask.resolution, trials=trials, **given)
+        else:
+            found = fewest_gpus(problem, space, ask.rate, trials=trials, **given)
+        steadfast = _robust_rate(problem, found, space, ask, trials) if ask.robust and found.plans else None
     scorer = Scorer(problem)
     document = capacity_document(problem, found, scorer.provenance(item.holds for item in found.plans))
     traffic = problem.trace
@@ -253,8 +276,7 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
         best = found.plans[0]
         traffic = lasting(traffic, best.rate_per_s)
         document = replace(document, launch=launch_of(scorer, best.holds, ask, trace=traffic))
-        if ask.robust:
-            document = replace(document, robust=_robust_rate(problem, found, space, ask))
+        document = document if steadfast is None else replace(document, robust=steadfast)
     return Result(
         document=document,
         found=bool(found.plans),
@@ -263,7 +285,13 @@ def _capacity(ask: arguments.CapacityAsk, priced: bool) -> Result:
     )
 
 
-def _robust_rate(problem: Problem, found: Capacity, space: Any, ask: arguments.CapacityAsk) -> Robust:
+def _robust_rate(
+    problem: Problem,
+    found: Capacity,
+    space: Any,
+    ask: arguments.CapacityAsk,
+    trials: Callable[[Steady], Trials],
+) -> Robust:
     """How far the times of a capacity may be off, and what is as good within the error that is to be expected.
 
     Parameters
@@ -272,6 +300,7 @@ def _robust_rate(problem: Problem, found: Capacity, space: Any, ask: arguments.C
     found : Capacity    the answer
     space : the program that enumerates plans
     ask
+    trials : who tries deployments at rates
     """
     from apex_opt.report.expected import error_of
     from apex_opt.report.robust import robust_rate_document
@@ -281,7 +310,7 @@ def _robust_rate(problem: Problem, found: Capacity, space: Any, ask: arguments.C
     best = found.plans[0]
     # Of rates no error was measured.
     error = None if found.asked_per_s is None else error_of(problem, best.holds, deciding(problem))
-    told = robust_rate(problem, found, space, None if error is None else error.share, ask.tell)
+    told = robust_rate(problem, found, space, None if error is None else error.share, ask.tell, trials)
     return robust_rate_document(best, told, error)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError
 from apex_opt.files import expanded, reason, there
-from apex_opt.launch.commands import NGINX
+from apex_opt.launch.commands import HEAD, NGINX
 from apex_opt.outputs import check_folder, fresh_folder
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _NODE_CACHE: Final = "/var/cache/huggingface"
 _SHM: Final = {"name": "shm", "emptyDir": {"medium": "Memory"}}
 _SHM_MOUNT: Final = {"name": "shm", "mountPath": "/dev/shm"}
 _LLM_D_PORT: Final = 8000
-_UNKNOWN: Final = re.compile(r"(?<![\w-])(NODE\d+|EAGLE3_HEAD)(?![\w-])")
+_UNKNOWN: Final = re.compile(rf"(?<![\w-])(NODE\d+|{HEAD})(?![\w-])")
 """What commands name that is not known here: addresses of nodes, and a head that makes drafts."""
 
 _IN_JSON: Final = re.compile(r'"(/[^"]*)"')
@@ -113,7 +113,7 @@ def files_of(document: Mapping[str, Any], given: Mapping[str, str]) -> dict[str,
     servers = [command for command in commands if command["replica"] is not None]
     alone = len({command["replica"] for command in servers}) == len(servers)
     paired = any("--disaggregation-mode" in command["argv"] for command in servers)  # by their router, node by node
-    if alone and not paired and not any(map(_nodes, servers)):
+    if alone and not paired and not any(map(_unknown, servers)):
         found["kubernetes.yaml"] = _yaml(_manifests(launch["engine"], servers))
         if launch["engine"] == "vllm" and len({str(_portless(command)) for command in servers}) == 1:
             found["dynamo.yaml"] = _yaml(_dynamo(servers, routing))
@@ -428,7 +428,13 @@ def _readme(document: Mapping[str, Any], files: Mapping[str, str], given: Mappin
     lines += ["", "Then:", "", *(line for name, line in told.items() if name not in ways)]
     if (bench := launch.get("bench")) is not None and bench["dataset"] is not None:
         lines.append(f"- `{bench['dataset']}`: what `bench.sh` sends, a line for each request")
-    lines += ["", "## To know and to check", "", *(f"- {note}" for note in launch["notes"])]
+    notes = list(launch["notes"])
+    if any(HEAD in _unknown(command) for command in launch["commands"]):
+        notes.append(
+            f"Manifests for Kubernetes, Dynamo and llm-d are left out, as the EAGLE-3 head is not known here: scripts "
+            f"and compose take it as {HEAD}, and a manifest made of their commands needs its Hugging Face id"
+        )
+    lines += ["", "## To know and to check", "", *(f"- {note}" for note in notes)]
     lines += _measuring(document, given)
     for title, key in (("Plan", "best"), ("Question", "question"), ("Certificate", "certificate")):
         if document.get(key) is not None:

@@ -11,6 +11,7 @@ import heapq
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
 from itertools import count
 from time import monotonic
 from typing import TYPE_CHECKING, Final, Protocol
@@ -26,10 +27,19 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
     Challenge = tuple[Deployment, Costs, Costs]
     """A deployment to simulate, bounds of its costs, and costs beyond which it has lost."""
+    Trials = Callable[[Sequence[Challenge], Iterable[Challenge]], Sequence["Scored | Unfinished | None"]]
+    """As `Scores`, where the time may be up in the middle of one."""
 
 ROUND: Final = 4
 """Deployments simulated side by side before the incumbent is updated; fixed, so that results do not depend on the
 cores."""
+
+
+class Unfinished(Enum):
+    """In place of a score."""
+
+    LATE = "late"
+    """The time was up before there was one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +141,7 @@ class Simulated:
 def best_first(
     branches: Iterable[Branch],
     incumbent: Incumbent,
-    scores: Scores,
+    scores: Trials,
     tell: Progress,
     deadline: float,
     prepare: Callable[[Iterable[Deployment]], None],
@@ -143,7 +153,8 @@ def best_first(
     ----------
     branches : of the root
     incumbent : Incumbent    what the search is after
-    scores : Scores          simulates, or finds that a deployment misses a goal or costs more than given
+    scores : Scores          simulates, or finds that a deployment misses a goal or costs more than given, or that the
+                             time is up, which leaves it
     tell : callable          told (what, done, total) along the way
     deadline : float         point in time after which no further round is begun; what is open then is left
     prepare : callable       told what is about to be simulated
@@ -192,7 +203,10 @@ def best_first(
         found = scores(asked, _ahead(heap, incumbent)) if asked else ()
         begun += len(runs)
         good = []
-        for (part, _, deployment), scored in zip(runs, found, strict=True):
+        for (part, leaf, deployment), scored in zip(runs, found, strict=True):
+            if isinstance(scored, Unfinished):
+                part.left.append((leaf.bound, 1))
+                continue
             part.seen.append(deployment)
             if scored is None:
                 part.cut_short += 1

@@ -71,7 +71,7 @@ class Scorer:
         self.problem = problem
         self._gaps = gaps or problem.asks_gaps
         self._facts: dict[tuple[str, ...], Facts] = {}
-        self._like = like
+        self.like = like
         self._generated = problem.trace.generated(problem.settings.max_model_len)
         # A run asks who serves what, and so does what is made of the run.
         self._dealt = lru_cache(maxsize=KEPT)(self._deal)
@@ -84,7 +84,7 @@ class Scorer:
             places = [self.problem.types.index(name) for name in types]
             problem = self.problem.alone(places[0]) if len(places) == 1 else joined(self.problem, *sorted(places))
             assert problem is not None, "there are such pipelines"
-            self._facts[types] = Facts(problem, None if self._like is None else self._like.facts(*types).costs)
+            self._facts[types] = Facts(problem, None if self.like is None else self.like.facts(*types).costs)
         return self._facts[types]
 
     def facts_of(self, pool: Pool) -> Facts:

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
     from apex_opt.search.best_first import Challenge, Scores
     from apex_opt.search.facts import Facts
     from apex_opt.search.ledger import Costs
+    from apex_opt.search.problem import Problem
     from apex_opt.search.shapes.single import Bounded
+
+    _Problem = tuple["Kept", "Kept | None"]
+    """A problem, and one whose costs serve as well."""
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -94,8 +98,11 @@ class Spread:
     """
 
     def __init__(self, scorer: Scorer, workers: Workers) -> None:
-        packed = pickle.dumps(scorer.problem, pickle.HIGHEST_PROTOCOL)  # which keeps arrays read-only
-        self._problem, self._workers = workers.keep(packed), workers
+        like, self._workers = scorer.like, workers
+        self._kept: _Problem = (
+            kept_by(workers, scorer.problem),
+            None if like is None else kept_by(workers, like.problem),
+        )
         self._costs = scorer.problem.costs
         self._flying: dict[int, Challenge] = {}
         self._known: dict[Deployment, tuple[Costs, Scored | None]] = {}
@@ -110,13 +117,13 @@ class Spread:
         size = max(1, len(items) // (CHUNKS * self._workers.count))
         types = facts.problem.types
         tickets = deque(
-            self._workers.put(_bounded, (self._problem, types, function, items[at : at + size]))
+            self._workers.put(_bounded, (self._kept, types, function, items[at : at + size]))
             for at in range(0, len(items), size)
         )
         done: dict[int, list[Found]] = {}
         while tickets:
             while tickets[0] not in done:
-                ticket, found = self._taken()
+                ticket, found = taken(self._workers)
                 done[ticket] = found
             yield from done.pop(tickets.popleft())
 
@@ -138,13 +145,13 @@ class Spread:
             while self._workers.in_hand < self._workers.count and (run_ := next(ahead, None)) is not None:
                 if run_[0] not in self._known and run_[0] not in flying:
                     self._begin(run_)
-            ticket, scored = self._taken()
+            ticket, scored = taken(self._workers)
             if ticket in self._flying:
                 deployment, _, worst = self._flying.pop(ticket)
                 self._known[deployment] = worst, scored
 
     def _begin(self, run: Challenge) -> None:
-        self._flying[self._workers.put(_challenged, (self._problem, run))] = run
+        self._flying[self._workers.put(_challenged, (self._kept, run))] = run
 
     def _settles(self, asked: Costs, scored: Scored | None, worst: Costs) -> bool:
         """Whether what was found for some costs beyond which a run has lost is what would be found for no larger ones.
@@ -155,27 +162,45 @@ class Spread:
             return worst <= asked
         return (asked != FREE or scored.meets_slos) and self._costs(scored.metrics) <= worst
 
-    def _taken(self) -> tuple[int, Any]:
-        ticket, found = self._workers.take()
-        if isinstance(found, Exception):
-            raise InputError(f"--workers: a part of the search has no outcome: {found}")
-        return ticket, found
+
+def taken(workers: Workers) -> tuple[int, Any]:
+    """The ticket and the outcome of an item that is done.
+
+    Raises
+    ------
+    InputError    its worker died
+    """
+    ticket, found = workers.take()
+    if isinstance(found, Exception):
+        raise InputError(f"--workers: a part of the search has no outcome: {found}")
+    return ticket, found
+
+
+def kept_by(workers: Workers, problem: Problem) -> Kept:
+    """A problem where all workers can have it."""
+    return workers.keep(pickle.dumps(problem, pickle.HIGHEST_PROTOCOL))  # which keeps arrays read-only
 
 
 @lru_cache(maxsize=2)
-def _scorer(kept: Kept) -> Scorer:
-    """In a worker: the scorer of a problem, with the facts that it has by now."""
-    return Scorer(pickle.loads(kept.packed()))
+def scorer_of(kept: Kept, like: Kept | None = None) -> Scorer:
+    """In a worker: the scorer of a problem, with the facts that it has by now.
+
+    Parameters
+    ----------
+    kept : a problem
+    like : Kept or None    one whose costs serve as well
+    """
+    return Scorer(pickle.loads(kept.packed()), like=None if like is None else scorer_of(like))
 
 
-def _challenged(task: tuple[Kept, Challenge]) -> Scored | None:
+def _challenged(task: tuple[_Problem, Challenge]) -> Scored | None:
     """In a worker: simulate a deployment."""
     kept, run = task
-    return _scorer(kept).challenge(*run)
+    return scorer_of(*kept).challenge(*run)
 
 
-def _bounded(task: tuple[Kept, tuple[str, ...], Callable[[Facts, Any], Any], Sequence[Any]]) -> list[Any]:
+def _bounded(task: tuple[_Problem, tuple[str, ...], Callable[[Facts, Any], Any], Sequence[Any]]) -> list[Any]:
     """In a worker: what a function makes of some items."""
     kept, types, function, items = task
-    facts = _scorer(kept).facts(*types)
+    facts = scorer_of(*kept).facts(*types)
     return [function(facts, item) for item in items]

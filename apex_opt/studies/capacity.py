@@ -11,20 +11,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
 from apex_opt.search.answer import misses
-from apex_opt.search.best_first import Leaf, Queue, best_first, side_by_side
+from apex_opt.search.best_first import Leaf, Queue, Unfinished, best_first
 from apex_opt.search.incumbent import FREE, Incumbent
 from apex_opt.search.ledger import Ledger
 from apex_opt.search.search import judge, search, silent, tell_compiling
 from apex_opt.search.space import check_lengths
 from apex_opt.studies.candidates import Candidate, Candidates, Rater
 from apex_opt.studies.capacity_answer import Capacity, PlanRate
-from apex_opt.studies.rates import Grid, highest_step
+from apex_opt.studies.one_rate import Found, highest_of, size_of, sustained_by
+from apex_opt.studies.rates import Grid
 from apex_opt.studies.steady import DOUBLINGS, Steady, Trial
+from apex_opt.studies.trials import LATE, Here
 from apex_opt.workload.steady import rate_of
 
 if TYPE_CHECKING:
@@ -32,29 +34,15 @@ if TYPE_CHECKING:
 
     from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Scored, Status
-    from apex_opt.search.best_first import Branch
+    from apex_opt.search.best_first import Branch, Challenge
     from apex_opt.search.ledger import Costs, Part
     from apex_opt.search.problem import Problem
     from apex_opt.search.scorer import Scorer
     from apex_opt.search.search import Formulations, Progress
     from apex_opt.studies.candidates import Product, Rated
+    from apex_opt.studies.trials import Trials
 
 ASSUMPTION: Final = "goals that fail at a rate fail at every higher one"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """A deployment, the last step that it sustains, and why not the next."""
-
-    deployment: Deployment
-    step: int
-    trial: Trial
-    after: Trial | None
-
-    @property
-    def rank(self) -> tuple[int, int, str]:
-        """Better first: rate, then fewer GPUs, then the text form, so that ties fall the same way every time."""
-        return -self.step, *_size(self.deployment)
 
 
 class _Fastest(Incumbent):
@@ -64,15 +52,15 @@ class _Fastest(Incumbent):
 
     def __init__(self, grid: Grid, top: int) -> None:
         self._grid, self._top = grid, top
-        self.looked: dict[Deployment, _Found] = {}
-        self._ranked: list[_Found] = []
+        self.looked: dict[Deployment, Found] = {}
+        self._ranked: list[Found] = []
 
     @property
-    def best(self) -> list[_Found]:
+    def best(self) -> list[Found]:
         return self._ranked[: self._top]
 
     @property
-    def last(self) -> _Found | None:
+    def last(self) -> Found | None:
         """The last of those to show; None where these are fewer."""
         return self._ranked[self._top - 1] if len(self._ranked) >= self._top else None
 
@@ -175,6 +163,7 @@ def highest_rate(
     top: int = 1,
     time_limit_s: float | None = None,
     like: Scorer | None = None,
+    trials: Callable[[Steady], Trials] = Here,
 ) -> Capacity:
     """The deployments that take the highest rates within the goals.
 
@@ -190,33 +179,43 @@ def highest_rate(
     resolution : float                   step of the grid of rates, as a share, above 0
     progress : callable, optional        told (what, done, total) along the way
     top : int                            deployments to find, each exactly
-    time_limit_s : float, optional       after so long no further one is asked about
+    time_limit_s : float, optional       after so long no simulation is begun, but for those of the first deployment
+                                         where none was found by then
     like : Scorer, optional              of the same problem but for its trace and goals, whose costs serve as well
+    trials : callable                    who tries deployments at rates for their judge, this process or workers
+                                         (`Elsewhere`); it changes nothing in the answer
 
     Raises
     ------
     UsageError       a trace without rate, no goals, goals on throughput
     CapacityError    a request no engine of this model could serve, whatever the plan
     """
-    tell, deadline = progress or silent, inf if time_limit_s is None else monotonic() + time_limit_s
+    tell, limit_s = progress or silent, inf if time_limit_s is None else time_limit_s
+    deadline, until = monotonic() + limit_s, time() + limit_s
     _check_goals(problem)
     steady = Steady(problem, like)
+    try_ = trials(steady)
     longest = len(problem.trace) * steady.loops << DOUBLINGS
     grid = Grid.of(rate_of(problem.trace), resolution, longest)
     space = _Space.of(steady, steady.at(grid.rate_per_s(grid.low)), formulation, deployment, tell)
     incumbent = _Fastest(grid, top)
 
-    def look(one: Deployment, bound: Costs, _: Costs) -> Scored | None:
-        found = _search_plan(steady, grid, incumbent.last, one, -bound[1])
-        if found is None:
-            return None
-        incumbent.looked[one] = found
-        return found.trial.run
+    def scores(runs: Sequence[Challenge], ahead: Iterable[Challenge]) -> Sequence[Scored | Unfinished | None]:
+        last = None if incumbent.last is None else incumbent.last.rank
+
+        def asked(run: Challenge, until: float = until) -> tuple[object, ...]:
+            return grid, last, run[0], -run[1][1], until
+
+        # Whatever the time, the first is searched to its end until there is one to answer with.
+        wanted = [asked(run, until if incumbent.looked or place else inf) for place, run in enumerate(runs)]
+        found = try_(highest_of, wanted, map(asked, ahead))
+        incumbent.looked |= {run[0]: one for run, one in zip(runs, found, strict=True) if isinstance(one, Found)}
+        return [one.trial.run if isinstance(one, Found) else one for one in found]
 
     prepare = partial(tell_compiling, tell, space.scorer.problem)
     branches: list[Branch] = [_by_guess(part, [one for one in space.alone if one.part is part]) for part in space.parts]
     branches += [_beside(product, (), incumbent.admits) for product in space.products]
-    best_first(branches, incumbent, side_by_side(look), _saying(tell, "searching rates"), deadline, prepare)
+    best_first(branches, incumbent, scores, _saying(tell, "searching rates"), deadline, prepare)
     last, best = incumbent.last, incumbent.best
     space.end(None if last is None else (-grid.rate_per_s(last.step), inf))
     ledger = Ledger(parts=space.parts, best=(-grid.rate_per_s(best[0].step),) if best else None)
@@ -248,6 +247,7 @@ def fewest_gpus(
     time_limit_s: float | None = None,
     like: Scorer | None = None,
     aside: Collection[Deployment] = (),
+    trials: Callable[[Steady], Trials] = Here,
 ) -> Capacity:
     """The deployments on the fewest GPUs that take a rate within the goals, the best by the objective first.
 
@@ -264,20 +264,26 @@ def fewest_gpus(
     UsageError       a trace without rate, no goals, goals on throughput
     CapacityError    a request no engine of this model could serve, whatever the plan
     """
-    tell, deadline = progress or silent, inf if time_limit_s is None else monotonic() + time_limit_s
+    tell, limit_s = progress or silent, inf if time_limit_s is None else time_limit_s
+    deadline, until = monotonic() + limit_s, time() + limit_s
     _check_goals(problem)
     steady = Steady(problem, like)
-    scorer = steady.at(rate_per_s)
+    try_, scorer = trials(steady), steady.at(rate_per_s)
     space = _Space.of(steady, scorer, formulation, deployment, tell)
     incumbent = _Cheapest(scorer.problem, top)
     asked: list[Deployment] = []
 
-    def sustains(one: Deployment, bound: Costs, worst: Costs) -> Scored | None:
-        if one in aside:
-            return None
-        trial = steady.run(one, rate_per_s, worst[1:] or FREE, bound[1:])
-        incumbent.trials[one] = trial = steady.confirmed(one, rate_per_s, trial) if trial.holds else trial
-        return trial.first if trial.holds else None
+    def scores(runs: Sequence[Challenge], ahead: Iterable[Challenge]) -> Sequence[Scored | Unfinished | None]:
+        def asked_of(run: Challenge, until: float = until) -> tuple[object, ...]:
+            one, bound, worst = run
+            return one, rate_per_s, worst[1:] or FREE, bound[1:], until
+
+        mine = [run for run in runs if run[0] not in aside]
+        wanted = [asked_of(run, until if incumbent.trials or place else inf) for place, run in enumerate(mine)]
+        found = try_(sustained_by, wanted, (asked_of(run) for run in ahead if run[0] not in aside))
+        tried = {run[0]: trial for run, trial in zip(mine, found, strict=True)}
+        incumbent.trials |= {one: trial for one, trial in tried.items() if trial is not LATE}
+        return [_first_of(tried.get(run[0])) for run in runs]
 
     def prepare(deployments: Iterable[Deployment]) -> None:
         asked.extend(some := list(deployments))
@@ -287,7 +293,7 @@ def fewest_gpus(
     larger = (0,) * len(space.parts)
     for place, gpus in enumerate(sizes):
         branches = list(space.at(gpus, rate_per_s))
-        best_first(branches, incumbent, side_by_side(sustains), _saying(tell, "simulating plans"), deadline, prepare)
+        best_first(branches, incumbent, scores, _saying(tell, "simulating plans"), deadline, prepare)
         late = monotonic() > deadline
         if incumbent.best or late:
             beyond = tuple(space.beyond(part, gpus, problem.max_devices) for part in space.parts)
@@ -305,7 +311,7 @@ def fewest_gpus(
     where = f"at {rate_per_s:.4g} requests/s"
     reason = None
     if not found:
-        failed = ((one, incumbent.trials[one]) for one in asked if one not in aside)
+        failed = ((one, incumbent.trials[one]) for one in asked if one in incumbent.trials)
         reason = _near_miss(where, failed) or _why_not(where, scorer.problem, formulation, space, ledger)
     return Capacity(
         status=space.status(ledger, bool(found)),
@@ -428,7 +434,7 @@ class _Space:
                     able.append(candidate)
                 elif candidate is not None:
                     product.part.out_of_reach += 1
-            able.sort(key=lambda one: (-one.guess_per_s, *_size(one.leaf.deployment)))
+            able.sort(key=lambda one: (-one.guess_per_s, *size_of(one.leaf.deployment)))
             yield Queue(product.part, [replace(one.leaf, bound=unknown) for one in able])
 
     def beyond(self, part: Part, gpus: int, most_gpus: int) -> int:
@@ -451,7 +457,7 @@ def _rate_bound(candidate: Candidate) -> Costs:
 
 def _by_guess(part: Part, candidates: Iterable[Candidate]) -> Queue:
     """Deployments in the order of a guess of their rate."""
-    ordered = sorted(candidates, key=lambda one: (-one.guess_per_s, *_size(one.leaf.deployment)))
+    ordered = sorted(candidates, key=lambda one: (-one.guess_per_s, *size_of(one.leaf.deployment)))
     return Queue(part, [replace(one.leaf, bound=_rate_bound(one)) for one in ordered])
 
 
@@ -460,46 +466,14 @@ def _saying(tell: Progress, what: str) -> Progress:
     return lambda _, done, total: tell(what, done, total)
 
 
-def _search_plan(
-    steady: Steady, grid: Grid, last: _Found | None, deployment: Deployment, guess_per_s: float
-) -> _Found | None:
-    """The last step that a deployment sustains, where it is among the best so far."""
-    low = grid.low
-    if last is not None:
-        low = last.step if _size(deployment) < _size(last.deployment) else last.step + 1
-    if low > grid.high:
-        return None
-    trials: dict[int, Trial] = {}
-
-    def holds(step: int) -> bool:
-        if step not in trials:
-            trials[step] = steady.run(deployment, grid.rate_per_s(step))
-        return trials[step].holds
-
-    start = grid.below(guess_per_s) if last is None else low
-    step = highest_step(holds, low=low, high=grid.high, start=start)
-    while step is not None and step >= low:
-        if holds(step):
-            trials[step] = steady.confirmed(deployment, grid.rate_per_s(step), trials[step])
-            if trials[step].holds:
-                return _Found(deployment=deployment, step=step, trial=trials[step], after=trials.get(step + 1))
-        step = _lower(grid, trials, step)
-    return None
+def _first_of(trial: Trial | Unfinished | None) -> Scored | Unfinished | None:
+    """What a trial that holds is scored by."""
+    if isinstance(trial, Trial):
+        return trial.first if trial.holds else None
+    return trial
 
 
-def _lower(grid: Grid, trials: dict[int, Trial], step: int) -> int:
-    """The next step to try below one that is not sustained."""
-    trial = trials[step]
-    evidence = trial.evidence
-    if trial.why == "saturated" and evidence is not None and evidence.saturated_per_s is not None:
-        lower = grid.below(evidence.saturated_per_s / (1 + evidence.margin))
-        if lower < step - 1:
-            trials[lower + 1] = trial
-            return lower
-    return step - 1
-
-
-def _ended(steady: Steady, grid: Grid, found: _Found) -> PlanRate:
+def _ended(steady: Steady, grid: Grid, found: Found) -> PlanRate:
     """A deployment with its run at the last rate that it sustains, and what is missed at the next."""
     trial, after = found.trial, found.after
     assert trial.run is not None and trial.evidence is not None, "it holds"
@@ -561,7 +535,3 @@ def _why_not(where: str, problem: Problem, formulation: Formulations, space: _Sp
     assert closest is not None, "the plan can run"
     missed = misses(closest.metrics, problem.slos)
     return f"{where}, {space.given} misses {missed}: relax these or ask about another plan"
-
-
-def _size(deployment: Deployment) -> tuple[int, str]:
-    return deployment.devices, str(deployment)

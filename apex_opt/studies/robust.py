@@ -19,6 +19,7 @@ from apex_opt.errors import UsageError
 from apex_opt.search.answer import reached
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import rank, search, silent
+from apex_opt.search.spread import Alone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from apex_opt.search.answer import Answer, Scored
     from apex_opt.search.problem import Problem
     from apex_opt.search.search import Formulations, Progress
+    from apex_opt.search.spread import Crew
 
 L = TypeVar("L")
 Times = Literal["all", "best", "others"]
@@ -106,6 +108,7 @@ def robust(
     scorer: Scorer,
     error: float | None = None,
     progress: Progress | None = None,
+    crew: Callable[[Scorer], Crew] = Alone,
 ) -> Robustness:
     """How far times may be off before another deployment wins than the best of an answer.
 
@@ -117,12 +120,13 @@ def robust(
     scorer : Scorer                  of the problem, whose costs are used again
     error : float or None            of the deciding objective, as far as deployments do not share it, as a share
     progress : callable, optional    told (what, done, total) along the way
+    crew : callable                  who bounds and simulates, as of `search`
 
     Raises
     ------
     UsageError    an answer without a deployment, a figure of which it is not known how it moves with times
     """
-    return _Study(problem, answer, formulation, scorer, progress or silent).asked(error)
+    return _Study(problem, answer, formulation, scorer, progress or silent, crew).asked(error)
 
 
 def deciding(problem: Problem) -> Objective:
@@ -181,12 +185,18 @@ class _Study:
     """What is asked about one answer."""
 
     def __init__(
-        self, problem: Problem, answer: Answer, formulation: Formulations, scorer: Scorer, tell: Progress
+        self,
+        problem: Problem,
+        answer: Answer,
+        formulation: Formulations,
+        scorer: Scorer,
+        tell: Progress,
+        crew: Callable[[Scorer], Crew],
     ) -> None:
         if answer.best is None:
             raise UsageError("robust: the answer has no deployment; there is nothing to hold against others")
         self._problem, self._answer, self._best = problem, answer, answer.best
-        self._formulation, self._scorer, self._tell = formulation, scorer, tell
+        self._formulation, self._scorer, self._crew = formulation, scorer, crew
         self._runner_up = answer.candidates[1] if len(answer.candidates) > 1 else None
         # With a tolerance candidates are those within it, and others may be left.
         self._tolerant = any(objective.tolerance for objective in problem.objectives)
@@ -194,6 +204,7 @@ class _Study:
         self._same = {self._best.deployment}
         self._rival = self._runner_up
         self._searches = self._simulations = 0
+        self._course = Course(tell, 2 * self._moves + 2 * (not self._tolerant))
 
     def asked(self, error: float | None) -> Robustness:
         """Everything."""
@@ -240,12 +251,7 @@ class _Study:
         lost : callable    what is at a factor, where the deployment does not win
         slower : bool      whether factors are above 1
         """
-
-        def told(factor: float) -> Loss | None:
-            self._tell("asking with other times", self._searches + self._simulations, 0)
-            return lost(factor)
-
-        holds, factor, loss = last_before(told, slower=slower)
+        holds, factor, loss = self._course.last_before(lost, slower=slower)
         return Turn(times=times, slower=slower, holds=holds, factor=factor, loss=loss)
 
     def _beaten_by_all(self, factor: float) -> Loss | None:
@@ -321,32 +327,62 @@ class _Study:
     def _search(self, problem: Problem, top: int) -> Answer:
         """The answer to another problem."""
         self._searches += 1
-        return search(problem, self._formulation, silent, top, scorer=Scorer(problem, like=self._scorer))
+        scorer = Scorer(problem, like=self._scorer)
+        return search(problem, self._formulation, silent, top, scorer=scorer, crew=self._crew)
 
 
-def last_before(lost: Callable[[float], L | None], *, slower: bool) -> tuple[float, float | None, L | None]:
-    """Where an answer stops to hold: first farther and farther from 1, then between the last two factors.
+class Course:
+    """How far a study of factors has come, of which it is told how much is to be asked at most.
 
     Parameters
     ----------
-    lost : callable    what is at a factor, where the answer does not hold
-    slower : bool      whether factors are above 1
-
-    Returns
-    -------
-    float, float or None, what is there
-        the factor farthest from 1 at which it holds, as at all asked before; the nearest that was found at which it
-        does not, and what is there, both None where it holds at all that were asked
+    tell : callable    told (what, done, total)
+    turns : int        ways in which times may be off
     """
-    low, high, found = 0, STEPS + 1, None
-    while high - low > 1:
-        step = (low + high) // 2 if found is not None else min(max(2 * low, 1), STEPS)
-        loss = lost(factor_of(step, slower))
-        if loss is None:
-            low = step
-        else:
-            high, found = step, loss
-    return factor_of(low, slower), None if found is None else factor_of(high, slower), found
+
+    def __init__(self, tell: Progress, turns: int) -> None:
+        self._tell, self._turns, self._asked = tell, turns, 0
+
+    def last_before(self, lost: Callable[[float], L | None], *, slower: bool) -> tuple[float, float | None, L | None]:
+        """Where an answer stops to hold: first farther and farther from 1, then between the last two factors.
+
+        Parameters
+        ----------
+        lost : callable    what is at a factor, where the answer does not hold
+        slower : bool      whether factors are above 1
+
+        Returns
+        -------
+        float, float or None, what is there
+            the factor farthest from 1 at which it holds, as at all asked before; the nearest that was found at which
+            it does not, and what is there, both None where it holds at all that were asked
+        """
+        self._turns -= 1
+        low, high, found = 0, STEPS + 1, None
+        while high - low > 1:
+            most = _most_asked(low, high, lost=found is not None) + self._turns * _most_asked(0, STEPS + 1, lost=False)
+            self._tell("asking with other times, at most", self._asked, self._asked + most)
+            self._asked += 1
+            step = _next_step(low, high, lost=found is not None)
+            loss = lost(factor_of(step, slower))
+            if loss is None:
+                low = step
+            else:
+                high, found = step, loss
+        return factor_of(low, slower), None if found is None else factor_of(high, slower), found
+
+
+def _next_step(low: int, high: int, *, lost: bool) -> int:
+    """The step to ask about, between one at which an answer holds and one at which it does not, or the end."""
+    return (low + high) // 2 if lost else min(max(2 * low, 1), STEPS)
+
+
+def _most_asked(low: int, high: int, *, lost: bool) -> int:
+    """Steps that may have to be asked about."""
+    if high - low <= 1:
+        return 0
+    step = _next_step(low, high, lost=lost)
+    return 1 + max(_most_asked(step, high, lost=lost), _most_asked(low, step, lost=True))
 
 
 def factor_of(step: int, slower: bool) -> float:

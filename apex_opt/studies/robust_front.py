@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from apex_opt.errors import UsageError
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import silent
+from apex_opt.search.spread import Alone
 from apex_opt.studies.pareto import dominates, pareto
-from apex_opt.studies.robust import last_before, missed_by, scale, slowed
+from apex_opt.studies.robust import Course, missed_by, scale, slowed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from apex_opt.search.ledger import Costs
     from apex_opt.search.problem import Problem
     from apex_opt.search.search import Formulations, Progress
+    from apex_opt.search.spread import Crew
     from apex_opt.studies.pareto import Front
     from apex_opt.studies.robust import Times
 
@@ -84,7 +86,11 @@ class FrontRobustness:
 
 
 def robust_front(
-    problem: Problem, front: Front, formulation: Formulations, progress: Progress | None = None
+    problem: Problem,
+    front: Front,
+    formulation: Formulations,
+    progress: Progress | None = None,
+    crew: Callable[[Scorer], Crew] = Alone,
 ) -> FrontRobustness:
     """How far times may be off before other deployments are on a front.
 
@@ -94,6 +100,7 @@ def robust_front(
     front : Front
     formulation : Formulations       the programs that enumerate plans and split layers
     progress : callable, optional    told (what, done, total) along the way
+    crew : callable                  who bounds and simulates, as of `search`
 
     Raises
     ------
@@ -101,20 +108,28 @@ def robust_front(
     """
     if not front.candidates:
         raise UsageError("robust: the front has no deployment; there is nothing to hold against others")
-    return _Study(problem, front, formulation, progress or silent).asked()
+    return _Study(problem, front, formulation, progress or silent, crew).asked()
 
 
 class _Study:
     """What is asked about one front."""
 
-    def __init__(self, problem: Problem, front: Front, formulation: Formulations, tell: Progress) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        front: Front,
+        formulation: Formulations,
+        tell: Progress,
+        crew: Callable[[Scorer], Crew],
+    ) -> None:
         self._objectives = front.objectives
         self._problem = replace(problem, objective=front.objectives[0], then=tuple(front.objectives[1:]))
-        self._members, self._formulation, self._tell = front.candidates, formulation, tell
+        self._members, self._formulation, self._crew = front.candidates, formulation, crew
         self._own = frozenset(one.deployment for one in front.candidates)
         self._costs = [self._scaled(one, 1.0) for one in front.candidates]
         self._scorer = Scorer(self._problem)
         self._searches = self._simulations = 0
+        self._course = Course(tell, 2 * self._moves + len(self._members) + 1)
 
     def asked(self) -> FrontRobustness:
         """Everything."""
@@ -151,7 +166,7 @@ class _Study:
         slower : bool           whether factors are above 1
         of : Scored or None     the only deployment whose times are off
         """
-        holds, factor, found = last_before(change, slower=slower)
+        holds, factor, found = self._course.last_before(change, slower=slower)
         return FrontTurn(times=times, of=of, slower=slower, holds=holds, factor=factor, change=found)
 
     @property
@@ -208,7 +223,7 @@ class _Study:
 
     def _front(self, factor: float, aside: Collection[Deployment] = ()) -> tuple[Scored, ...]:
         """The front with times so many times as long, of all but some."""
-        self._tell("asking with other times", self._searches + self._simulations, 0)
         self._searches += 1
         problem = slowed(self._problem, factor)
-        return pareto(problem, self._objectives, self._formulation, like=self._scorer, aside=aside).candidates
+        found = pareto(problem, self._objectives, self._formulation, like=self._scorer, aside=aside, crew=self._crew)
+        return found.candidates

@@ -15,7 +15,8 @@ from apex_opt.errors import UsageError
 from apex_opt.search.scorer import Scorer
 from apex_opt.search.search import silent
 from apex_opt.studies.capacity import fewest_gpus, highest_rate
-from apex_opt.studies.robust import MOST_TIED, Loss, Robustness, Turn, deciding, last_before, scale, slowed
+from apex_opt.studies.robust import MOST_TIED, Course, Loss, Robustness, Turn, deciding, scale, slowed
+from apex_opt.studies.trials import Here
 from apex_opt.workload.steady import rate_of
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from apex_opt.search.search import Formulations, Progress
     from apex_opt.studies.capacity_answer import Capacity, PlanRate
     from apex_opt.studies.robust import Times
+    from apex_opt.studies.steady import Steady
+    from apex_opt.studies.trials import Trials
 
 HIGHEST: Final = "highest rate"
 """What deployments are held against each other by where no rate is given."""
@@ -50,6 +53,7 @@ def robust_rate(
     formulation: Formulations,
     error: float | None = None,
     progress: Progress | None = None,
+    trials: Callable[[Steady], Trials] = Here,
 ) -> RateRobustness:
     """How far times may be off before another deployment is answered than the best of a capacity.
 
@@ -61,6 +65,7 @@ def robust_rate(
     error : float or None            of the deciding objective, as far as deployments do not share it, as a share; of a
                                      highest rate none is known
     progress : callable, optional    told (what, done, total) along the way
+    trials : callable                who tries deployments at rates, as of `highest_rate`
 
     Raises
     ------
@@ -68,14 +73,22 @@ def robust_rate(
     """
     if not answer.plans:
         raise UsageError("robust: the answer has no deployment; there is nothing to hold against others")
-    return _Study(problem, answer, formulation, progress or silent).asked(error)
+    return _Study(problem, answer, formulation, progress or silent, trials).asked(error)
 
 
 class _Study:
     """What is asked about one answer."""
 
-    def __init__(self, problem: Problem, answer: Capacity, formulation: Formulations, tell: Progress) -> None:
-        self._problem, self._answer, self._formulation, self._tell = problem, answer, formulation, tell
+    def __init__(
+        self,
+        problem: Problem,
+        answer: Capacity,
+        formulation: Formulations,
+        tell: Progress,
+        trials: Callable[[Steady], Trials],
+    ) -> None:
+        self._problem, self._answer, self._formulation, self._trials = problem, answer, formulation, trials
+        self._course = Course(tell, 2 * self._moves + 2)
         self._like = Scorer(problem)
         self._best = answer.plans[0]
         self._same = {self._best.deployment}
@@ -123,7 +136,7 @@ class _Study:
         yield self._turn("others", self._beaten_by_others, slower=False)
 
     def _turn(self, times: Times, lost: Callable[[float], Loss | None], *, slower: bool) -> Turn:
-        holds, factor, loss = last_before(lost, slower=slower)
+        holds, factor, loss = self._course.last_before(lost, slower=slower)
         return Turn(times=times, slower=slower, holds=holds, factor=factor, loss=loss)
 
     def _beaten_by_all(self, factor: float) -> Loss | None:
@@ -210,10 +223,9 @@ class _Study:
         aside : set of Deployment          that are left out where a rate is given, as one of them on fewer GPUs ends
                                            the search
         """
-        self._tell("asking with other times", self._searches, 0)
         self._searches += 1
         problem = slowed(self._problem, factor)
-        asked: dict[str, Any] = {"deployment": deployment, "top": top, "like": self._like}
+        asked: dict[str, Any] = {"deployment": deployment, "top": top, "like": self._like, "trials": self._trials}
         if self._given is not None:
             return fewest_gpus(problem, self._formulation, self._given * factor, aside=aside, **asked)
         assert self._answer.resolution is not None

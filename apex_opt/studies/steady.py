@@ -27,6 +27,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from threading import Lock
+from time import time
 from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
@@ -87,6 +88,11 @@ _MOST_REPEATED: Final = 2_000_000
 
 _KEPT: Final = 16
 """Rates whose scores are kept: some MB each."""
+
+
+class Late(Exception):
+    """The time is up."""
+
 
 Why = Literal["", "goals", "queue", "saturated", "prediction"]
 """Why a rate is not sustained: goals are missed, the queue grows, it is too near to what a saturated plan serves, or
@@ -182,9 +188,14 @@ class Steady:
         """Runs so far."""
         return self._counted
 
-    def _count(self) -> None:
+    def count(self, runs: int) -> None:
+        """Count runs, also those that were made elsewhere."""
         with self._lock:
-            self._counted += 1
+            self._counted += runs
+
+    def forget(self) -> None:
+        """Forget what saturated deployments serve, so that a trial takes as many runs whatever was tried before."""
+        self._saturated.clear()
 
     def _scorer_at(self, rate_per_s: float, loops: int) -> Scorer:
         return self._scorer(at_rate(self.problem.trace, rate_per_s, loops))
@@ -192,19 +203,31 @@ class Steady:
     def _scorer(self, trace: Trace) -> Scorer:
         return Scorer(replace(self.problem, trace=trace), like=self._own)
 
-    def run(self, deployment: Deployment, rate_per_s: float, worst: Costs = FREE, bounds: Costs = ()) -> Trial:
+    def run(
+        self,
+        deployment: Deployment,
+        rate_per_s: float,
+        worst: Costs = FREE,
+        bounds: Costs = (),
+        until: float = math.inf,
+    ) -> Trial:
         """The first run of a deployment at a rate, once settled: conditions 1 and 2.
 
         Parameters
         ----------
         worst : costs by the objectives that the run must not pass; by default there are none
         bounds : of its costs, where `worst` is given
+        until : float    time of day, in seconds, after which no simulation is begun
+
+        Raises
+        ------
+        Late
         """
         loops, first = self.loops, None
         for _ in range(DOUBLINGS + 1):
             scorer = self.at(rate_per_s, loops)
             free = first is not None or worst == FREE
-            served = self._served(scorer, deployment, scorer.any_cost if free else worst, bounds)
+            served = self._served(scorer, deployment, scorer.any_cost if free else worst, bounds, until)
             if served is None:
                 return Trial(why="goals", loops=loops)
             scored, evidence = scorer.scored(deployment, served), self._evidence(scorer, served)
@@ -231,7 +254,7 @@ class Steady:
             figures = {}
         return {slo.text: figures[slo.text] for slo in slos if slo.text in figures and not slo.met(figures[slo.text])}
 
-    def confirmed(self, deployment: Deployment, rate_per_s: float, first: Trial) -> Trial:
+    def confirmed(self, deployment: Deployment, rate_per_s: float, first: Trial, until: float = math.inf) -> Trial:
         """Conditions 3 and 4 for a deployment whose first run holds.
 
         Parameters
@@ -239,6 +262,11 @@ class Steady:
         deployment
         rate_per_s : float    requests per second
         first : Trial         its first run
+        until : float         as of `run`
+
+        Raises
+        ------
+        Late
         """
         assert first.evidence is not None
         trace, evidence = self.problem.trace, first.evidence
@@ -254,7 +282,7 @@ class Steady:
         for draw in range(1, 1 + (FEW if recorded else DRAWS)):
             more = another(trace, rate_per_s, requests, draw) if draw % 2 == 0 else None
             scorer = self._scorer(more or at_rate(trace, rate_per_s, loops, draw))
-            served = self._served(scorer, deployment, scorer.any_cost)
+            served = self._served(scorer, deployment, scorer.any_cost, until=until)
             if served is None or not scorer.scored(deployment, served).meets_slos:
                 return replace(first, why="prediction", evidence=evidence)
             if any(Transient.of(_first(served, n)).growing for n in (self._told, requests)):
@@ -267,8 +295,12 @@ class Steady:
                 return replace(first, why="prediction", evidence=evidence)
         return replace(first, evidence=evidence)
 
-    def _served(self, scorer: Scorer, deployment: Deployment, worst: Costs, bounds: Costs = ()) -> Outcome | None:
-        self._count()
+    def _served(
+        self, scorer: Scorer, deployment: Deployment, worst: Costs, bounds: Costs = (), until: float = math.inf
+    ) -> Outcome | None:
+        if time() > until:
+            raise Late
+        self.count(1)
         return scorer.run(deployment, worst, bounds)
 
     def saturated(self, deployment: Deployment) -> float | None:
@@ -298,7 +330,7 @@ class Steady:
         ends = []
         for times in (1, 2):
             scorer = self.at(_AT_ONCE_PER_S, times * loops)
-            self._count()
+            self.count(1)
             ends.append(scorer.simulate(deployment).metrics.value("makespan"))
         return (loops * len(trace) + seats) / max(ends[1] - ends[0], 1e-9)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -334,6 +334,8 @@ class Collector:
             priority=np.concatenate(self._priority) if self._priority else None,
             delay_ns=delay,
         )
+        if told := _shortened(trace):
+            trace = replace(trace, notes=(*trace.notes, told))
         return self._contents.told(trace, np.argsort(arrival, kind="stable"))
 
     def _arrivals(self, notes: list[str]) -> tuple[Ints, Ints | None]:
@@ -399,3 +401,16 @@ class Collector:
         if max(times) > MAX_ARRIVAL_NS:
             raise InputError(f"{self.label}: with all waits the last request arrives after 73 years")
         return np.array(times, np.int64), np.where(arrival == NONE, delay, -1)
+
+
+def _shortened(trace: Trace) -> str:
+    """That turns have less in their prompts than was said before; nothing where none have."""
+    later = trace.before >= 0
+    before = trace.before[later]
+    short = int((trace.prompt[later] < trace.prompt[before] + trace.output[before]).sum())
+    if not short:
+        return ""
+    return (
+        f"{short:,} of {int(later.sum()):,} later turns have prompts shorter than the prompt and the answer before; "
+        "prompts are served as the file says, so give them with all that was said before, if clients send that"
+    )
