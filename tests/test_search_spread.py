@@ -154,3 +154,11 @@ def test_the_command_answers_alike_with_processes(command: str) -> None:
     alone, spread = run(*asked), run(*asked, "--workers=2")
     assert (alone.code, spread.code) == (0, 0)
     assert json.loads(spread.out) == json.loads(alone.out)
+
+
+def test_the_highest_rate_is_found_alike_with_processes() -> None:
+    words = ("capacity", "--model=llama-3.1-8b", "--cluster=2xh100-sxm", "--slo=ttft_p95<=100ms", "--resolution=0.2")
+    words = (*words, "--trace=poisson:rate=4,n=100,prompt=64,output=8", "--format=json")
+    alone, spread = run(*words), run(*words, "--workers=2")
+    assert (alone.code, spread.code) == (0, 0)
+    assert json.loads(spread.out) == json.loads(alone.out)
