@@ -87,6 +87,10 @@ def test_settings_of_a_scheduler_are_given_by_name() -> None:
         ("vllm", "long_prefill_token_threshold=-1", "long_prefill_token_threshold: -1 is not a whole number from 0"),
         ("vllm", "long_prefill_token_threshold=1,long_prefill_token_threshold=2", "is given twice"),
         ("orca", "long_prefill_token_threshold=1", "orca has no settings of its own"),
+        *((name, "stream_interval=10", "stream_interval is not simulated") for name in ("vllm", "sglang", "trtllm")),
+        ("trtllm-1.1", "host_cache_size=1000", "host_cache_size is not simulated; leave it out: KV blocks are kept on"),
+        ("trtllm", "enable_partial_reuse=true", "enable_partial_reuse is not simulated"),
+        ("sglang", "enable_hierarchical_cache=true", "enable_hierarchical_cache is not simulated"),
     ],
 )
 def test_a_setting_that_the_engine_does_not_have_is_refused_in_one_line(name: str, text: str, said: str) -> None:

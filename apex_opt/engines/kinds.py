@@ -85,6 +85,7 @@ class EngineKind:
     own_time : mapping         what kernels do not explain, as `apex_opt.cost.engine` reads it
     defaults : mapping         settings by name: those of `COMMON` and those of its scheduler
     handover : mapping         what it takes to hand a prompt from one pool to another; empty where that is not modelled
+    left_out : mapping         settings of the engine that are not simulated, by name, and what they would do
     expected : tuple or None   of a user's file, the errors it was calibrated to: figure, runs, and measured over
                                predicted, low, middle and high; None of a shipped engine
     """
@@ -96,6 +97,7 @@ class EngineKind:
     own_time: Mapping[str, Any]
     defaults: Mapping[str, Default]
     handover: Mapping[str, Default]
+    left_out: Mapping[str, str]
     expected: tuple[tuple[str, int, float, float, float], ...] | None = None
 
     def common(self, memory_bytes: float) -> dict[str, Any]:
@@ -133,6 +135,8 @@ class EngineKind:
             name, equals, value = (word.strip() for word in part.partition("="))
             if not equals or not value:
                 raise UsageError(f"--{option}: {part.strip()[:40]!r} is not of the form name=value")
+            if name in self.left_out:
+                raise UsageError(f"--{option}: {name} is not simulated; leave it out: {self.left_out[name]}")
             if not own:
                 raise UsageError(f"--{option}: {self.name} has no settings of its own; leave {name[:40]!r} out")
             if name not in own:
@@ -303,6 +307,7 @@ def _kind(name: str, table: dict[str, Any], base: EngineKind | None) -> EngineKi
         own_time=MappingProxyType((dict(base.own_time) if base is not None else {}) | dict(table.get("own_time", {}))),
         defaults=MappingProxyType({setting: defaults[setting] for setting in known}),
         handover=MappingProxyType((dict(alike.handover) if alike is not None else {}) | times),
+        left_out=MappingProxyType((dict(alike.left_out) if alike is not None else {}) | table.get("left_out", {})),
     )
 
 
