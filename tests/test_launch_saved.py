@@ -39,15 +39,26 @@ COMPONENT = {
 Container beside, `mainContainer`, which the operator names. A graph has at most so many services."""
 
 
-LLM_D = {
-    "modelArtifacts": {"name", "uri", "labels", "size", "mountPath", "authSecretName"},
-    "routing": {"servicePort", "proxy"},
-    "decode": {"create", "replicas", "parallelism", "containers", "volumes"},
-    "prefill": {"create"},
-}
-"""Values of llm-d's chart, of those of `charts/llm-d-modelservice/values.yaml` and `values.schema.tmpl.json` of
-llm-d-incubation/llm-d-modelservice, which allows no other in the first two. A container is one of Kubernetes but for
-how its command is made and whether the model is mounted."""
+def closed(**properties: Any) -> dict[str, Any]:
+    """An object with these properties and no other."""
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+TEXT, SWITCH, OBJECTS = {"type": "string"}, {"type": "boolean"}, {"type": "array", "items": {"type": "object"}}
+PODS = {"create": SWITCH, "replicas": {"type": "integer"}, "containers": OBJECTS, "volumes": OBJECTS}
+LLM_D = closed(
+    modelArtifacts=closed(
+        **dict.fromkeys(("name", "uri", "size", "mountPath", "authSecretName"), TEXT),
+        labels=closed(**dict.fromkeys(("llm-d.ai/inferenceServing", "llm-d.ai/model"), TEXT)),
+    ),
+    routing=closed(servicePort={}, proxy={"type": "object", "properties": {"enabled": SWITCH}}),
+    decode=closed(**PODS, parallelism={"type": "object"}),
+    prefill=closed(**PODS),
+)
+"""Values of llm-d's chart that may be written, with the types that `charts/llm-d-modelservice/values.schema.tmpl.json` of
+llm-d-incubation/llm-d-modelservice gives them; it allows no others beside and in the first two. `decode` and `prefill` it
+leaves open: `parallelism` stands in `values.yaml`. A container is one of Kubernetes but for how its command is made and
+whether the model is mounted."""
 
 
 def document(engine: str, plan: str, nodes: int = 1) -> dict[str, Any]:
@@ -210,7 +221,10 @@ def test_a_graph_of_dynamo_has_the_fields_of_its_type(plan: str, routing: str) -
 def test_values_of_llm_d_are_those_of_its_chart(plan: str) -> None:
     asked = document("vllm", plan)
     values = json.loads(files_of(asked, {})["llm-d-values.yaml"])
-    assert all(set(value) <= LLM_D[name] for name, value in values.items())
+    jsonschema.validate(values, LLM_D)
+    for name in ("modelArtifacts", "routing", "decode"):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**values, name: {**values[name], "replica": 1}}, LLM_D)
     assert set(values["modelArtifacts"]["labels"]) == {"llm-d.ai/inferenceServing", "llm-d.ai/model"}
     decode = values["decode"]
     servers = [command for command in asked["launch"]["commands"] if command["replica"] is not None]
