@@ -55,10 +55,10 @@ LLM_D = closed(
     decode=closed(**PODS, parallelism={"type": "object"}),
     prefill=closed(**PODS),
 )
-"""Values of llm-d's chart that may be written, with the types that `charts/llm-d-modelservice/values.schema.tmpl.json` of
-llm-d-incubation/llm-d-modelservice gives them; it allows no others beside and in the first two. `decode` and `prefill` it
-leaves open: `parallelism` stands in `values.yaml`. A container is one of Kubernetes but for how its command is made and
-whether the model is mounted."""
+"""Values of llm-d's chart that may be written, with the types that `charts/llm-d-modelservice/values.schema.tmpl.json`
+of llm-d-incubation/llm-d-modelservice gives them; it allows no others beside and in the first two. `decode` and
+`prefill` it leaves open: `parallelism` stands in `values.yaml`. A container is one of Kubernetes but for how its
+command is made and whether the model is mounted."""
 
 
 def document(engine: str, plan: str, nodes: int = 1) -> dict[str, Any]:
