@@ -85,9 +85,18 @@ class Result:
         """A row for each candidate, run or listed thing, a column for each figure, such as `metrics.ttft_s.p95`."""
         import pandas as pd
 
-        rows = self.to_dict()[self.document.ROWS] or []
+        rows = self._rows()
         plain = rows and all(not isinstance(row, dict) for row in rows)
         return pd.DataFrame({self.document.ROWS: rows}) if plain else pd.json_normalize(rows)
+
+    def _rows(self) -> list[Any]:
+        """The rows of the document, of the first list of rows that has some; of each that is an answer its best."""
+        document = self.to_dict()
+        for name in (self.document.ROWS, *self.document.OTHERWISE):
+            outer, _, inner = name.rpartition(".")
+            if found := ((document.get(outer) or {}) if outer else document).get(inner):
+                return [_with_best(row) for row in found]
+        return []
 
     def to_csv(self) -> str:
         """The same as CSV, with units in the names of columns; what is a list in a cell is JSON there."""
@@ -180,6 +189,16 @@ class Result:
     def written(self) -> dict[str, Callable[[Path], None]]:
         """What can be written, by name: a report always."""
         return {**self.files, "report": self.report}
+
+
+def _with_best(row: Any) -> Any:
+    """A row as it is; of an answer, or what has one, first its name, and no candidates beside the best."""
+    answer = row.get("answer", row) if isinstance(row, dict) else {}
+    if "candidates" not in answer:
+        return row
+    named = {name: row[name] for name in ("plan", "cluster") if name in row}
+    kept = {name: value for name, value in answer.items() if name != "candidates"}
+    return {**named, **(kept if answer is row else {"answer": kept})}
 
 
 class Command(NamedTuple):

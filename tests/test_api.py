@@ -127,6 +127,18 @@ def test_csv_has_the_rows_of_the_table_with_whole_numbers_whole(
     assert none.to_csv() == ""
 
 
+def test_csv_of_answers_side_by_side_has_the_best_of_each_and_of_a_comparison_its_terms() -> None:
+    several = apex_opt.simulate(("tp2", "dp2"), **CHEAP)
+    rows = list(csv.DictReader(io.StringIO(several.to_csv())))
+    assert next(iter(rows[0])) == "plan" and "candidates" not in rows[0]
+    assert [row["best.plan"] for row in rows] == [row["plan"] for row in rows] == list(several.to_frame()["plan"])
+    loser = apex_opt.explain(plan="dp2 tp1", **CHEAP)
+    told = loser.to_dict()["comparison"]["terms"]
+    assert [row["name"] for row in csv.DictReader(io.StringIO(loser.to_csv()))] == [term["name"] for term in told]
+    plain = list(csv.DictReader(io.StringIO(apex_opt.explain(**CHEAP).to_csv())))
+    assert plain[0]["plan"] == apex_opt.plan(**CHEAP).best.plan
+
+
 def test_progress_is_told_to_whoever_asks() -> None:
     told: list[tuple[str, int, int]] = []
     apex_opt.plan(**CHEAP, progress=lambda *step: told.append(step))

@@ -93,6 +93,7 @@ class Explained(types.Searched, types.OnOneType, types.WhyNot):
 
     PAGE: ClassVar[str] = "apex_opt.report.explain:explanation_page"
     ROWS: ClassVar[str] = "relaxations"
+    OTHERWISE: ClassVar[tuple[str, ...]] = ("comparison.terms", "candidates")
 
     schema: Literal["apex_opt.explanation/2"] = "apex_opt.explanation/2"
     comparison: ComparedPlan | None
@@ -105,6 +106,7 @@ class MixedExplained(types.Searched, types.OnSeveralTypes, types.WhyNot):
 
     PAGE: ClassVar[str] = "apex_opt.report.explain:explanation_page"
     ROWS: ClassVar[str] = "relaxations"
+    OTHERWISE: ClassVar[tuple[str, ...]] = ("comparison.terms", "candidates")
 
     schema: Literal["apex_opt.mixed_explanation/2"] = "apex_opt.mixed_explanation/2"
     comparison: ComparedPlan | None

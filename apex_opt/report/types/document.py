@@ -28,6 +28,7 @@ class Document(Described):
 
     PAGE: ClassVar[str]
     ROWS: ClassVar[str] = "candidates"
+    OTHERWISE: ClassVar[tuple[str, ...]] = ()
     LIMITED: ClassVar[bool] = False
 
     version: str = __version__
