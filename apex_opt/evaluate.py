@@ -436,7 +436,7 @@ def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
     if plan.stages == 1 or any(next(check(instance, plan), None) for check in (_divisibility, _format, _engine)):
         return None
     model, tp, settings = instance.model, plan.attention.tp, limited(instance.settings, plan)
-    vocab = 2 * ceil_div(model.vocab, tp) * model.hidden
+    vocab = 2 * ceil_div(model.vocab, 1 if instance.held.whole_vocabulary else tp) * model.hidden
     weights = [0]
     for run in model.runs:
         read = block_shard_bytes(run.block, plan, instance.held) + 2 * run.block.own_parameters

@@ -333,6 +333,7 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
     # Without a draw of its own, which would make another problem of every seed.
     odd = rules.whole_kv_heads
     whole = {"whole_models": rules.whole_towers, "whole_when_tied": odd, "whole_experts": odd}
+    whole |= {"sound_shards": rules.whole_towers, "whole_vocabulary": odd}
     return replace(rules, embedding_on_every_stage=odd, **whole)
 
 
@@ -344,7 +345,8 @@ def published(rng: np.random.Generator, model: Model, formats: Sequence[str]) ->
     return replace(
         model,
         family=str(rng.choice(["", "odd"])),
-        tower_heads=towers[rng.integers(len(towers))],
+        tower_heads=(heads := towers[rng.integers(len(towers))]),
+        sound_heads=heads or 0,
         weight_format=str(rng.choice(list(formats))),
         scheme=schemes[rng.integers(len(schemes))],
     )

@@ -39,6 +39,8 @@ WORDS = {
     "whole_experts": "families whose experts are not dealt over GPUs",
     "without_class": "families that the release has no class of its own for",
     "brought_code": "families whose configuration comes as code with the checkpoint",
+    "sound_shards": "families where attention shards divide the heads of a sound tower",
+    "whole_vocabulary": "families whose embedding and LM head are whole on every GPU",
     "whole_kv_heads": "families whose KV heads are not copied",
     "tower_shards": "attention shards divide the heads of an image tower",
     "whole_towers": "families whose image tower is whole where its heads do not divide",

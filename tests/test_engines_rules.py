@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from plan_cases import SMALL, dense, make_gpu, make_model, sparse
 
 from apex_opt.engines import ANY, ENGINES, VLLM, EngineRules, Held, load_rules
 from apex_opt.errors import UnknownNameError
+from apex_opt.ir import load_model
 from apex_opt.ir.formats import FORMATS
 from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.plan import parse_plan
 
+MODELS = Path(__file__).parent / "cases" / "models"
 BARE = EngineRules(name="bare", release="Bare 1", formats={}, sources={})
 
 
@@ -54,6 +57,40 @@ def test_shared_experts_are_whole_where_the_tokens_of_a_copy_are_spread(plan: st
     assert found[0] - found[1] == 3 * 2 * 3 * 512 * shared / shards
     others = make_model((sparse(shared=shared), 3), family="glm4_moe")
     assert not Held.of(VLLM, others, make_gpu()).whole_shared
+
+
+@pytest.mark.parametrize(
+    ("name", "positions", "widths"),
+    [
+        ("gemma-3-12b", (8 * 131_072, 131_072), (256, 256)),
+        ("gemma-3-1b", (32_768, 32_768), (256, 256)),
+        ("gemma-4-31b", (262_144, 262_144), (512, 256)),
+        ("mimo-v2-flash", (262_144, 262_144), (192, 192)),
+        ("llama-4-scout", None, (128, 128)),
+    ],
+)
+def test_layers_behind_windows_turn_by_a_table_of_their_own(
+    name: str, positions: tuple[int, int] | None, widths: tuple[int, int]
+) -> None:
+    model = load_model(str(MODELS / f"{name}.json"))
+    assert model.angles == positions
+    told = [length * width for length, width in zip(positions or (model.max_position, 0), widths, strict=True)]
+    assert Held.of(VLLM, model, make_gpu()).table_bytes == 2 * sum(told)
+
+
+def test_vocabularies_and_embeddings_of_layers_are_cut_as_vllm_cuts_them() -> None:
+    def weights(name: str, tp: int) -> int:
+        model = load_model(str(MODELS / f"{name}.json"))
+        plan = parse_plan(f"attn(tp{tp}) ffn(tp{tp})", model)
+        return stage_memory(model, make_gpu(), plan, replace(SMALL, runnable=VLLM))[0].weights_bytes
+
+    whisper, held = load_model(str(MODELS / "whisper-large-v3.json")), replace(SMALL, runnable=VLLM)
+    assert Held.of(VLLM, whisper, make_gpu()).whole_vocabulary
+    evenly = stage_memory(whisper, make_gpu(), parse_plan("attn(tp2) ffn(tp2)", whisper), replace(held, runnable=None))
+    half = whisper.vocab * whisper.hidden  # of 2 bytes each
+    assert weights("whisper-large-v3", 2) - evenly[0].weights_bytes == half
+    tables = 2 * 262_144 * 30 * 256  # an embedding of 256 for each of 30 layers
+    assert weights("gemma-3n-e2b", 1) - weights("gemma-3n-e2b", 2) > tables / 2
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,9 @@ def test_heads_of_the_vocabulary_of_gpt_oss_and_of_image_towers_divide() -> None
     assert "rows" not in said(VLLM, replace(DENSE, vocab=151_936), "tp16")
     assert "16 heads of the image tower" in said(VLLM, replace(DENSE, tower_heads=16), "tp32")
     assert not said(VLLM, replace(DENSE, tower_heads=16), "tp16")
+    omni = replace(DENSE, family="qwen3_omni_moe_text", sound_heads=20)
+    assert "attention tp8 does not divide the 20 heads of the sound tower" in said(VLLM, omni, "tp8")
+    assert not said(VLLM, omni, "tp4") and not said(VLLM, replace(omni, sound_heads=0), "tp8")
     # Kimi-K3 came with a release that has its tower whole on every GPU then.
     assert not said(VLLM, replace(DENSE, tower_heads=12, family="kimi_linear"), "tp8")
     assert "12 heads of the image tower" in said(VLLM, replace(DENSE, tower_heads=12, family="kimi_k25"), "tp8")

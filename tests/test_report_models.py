@@ -52,6 +52,36 @@ def test_a_file_that_is_not_read_is_told_with_what_it_lacks() -> None:
     assert "is not read" in refused.page() and "draft head" in refused.page()
 
 
+def test_a_file_of_a_type_that_is_not_known_is_told_field_by_field(tmp_path: Path) -> None:
+    config = json.loads((CASES / "models" / "qwen3-vl-30b-a3b.json").read_text())["text_config"]
+    config |= {
+        "model_type": "qwen9_moe",
+        "attention_sink_size": 4,
+        "linear_attn_config": {"rank": 2},
+        "use_cache": True,
+    }
+    del config["moe_intermediate_size"]
+    (file := tmp_path / "qwen9.json").write_text(json.dumps(config))
+    refused = apex_opt.models(supports=str(file)).to_dict()
+    assert "model_type 'qwen9_moe' is not supported" in refused["reason"]
+    assert refused["nearest"] == "qwen3_moe"
+    odd = {name: text for name, text in refused["fields"].items() if text not in ("read", "changes nothing")}
+    assert odd == {
+        "attention_sink_size": "not understood",
+        "linear_attn_config": "not understood",
+        "moe_intermediate_size": "is missing",
+    }
+    assert refused["fields"]["num_experts"] == "read" and refused["fields"]["use_cache"] == "changes nothing"
+    page = apex_opt.models(supports=str(file)).page()
+    assert "By the fields of qwen3_moe, the family nearest to it" in page and "attention_sink_size" in page
+
+
+def test_a_file_of_a_known_type_is_told_by_the_fields_of_its_own(tmp_path: Path) -> None:
+    refused = apex_opt.models(supports=write(tmp_path, "dbrx", window_kind="far")).to_dict()
+    assert refused["nearest"] == "dbrx" and refused["fields"]["window_kind"] == "not understood"
+    assert "fields" not in apex_opt.models(supports=write(tmp_path, "dbrx")).to_dict()
+
+
 @pytest.mark.parametrize("asked", ["llama-3.1-8b", str(CASES / "models" / "bloom.json")])
 def test_a_file_or_a_name_that_is_read_is_told_like_those_listed(asked: str) -> None:
     read = apex_opt.models(supports=asked)
@@ -88,6 +118,7 @@ def test_a_tower_that_is_known_is_not_left_out() -> None:
         ("codegen-16b", "vLLM 0.20: it has no class of its own"),
         ("baichuan2-13b", "vLLM 0.20: its checkpoint brings code"),
         ("falcon-7b", None),
+        ("internvl3-8b", "vLLM 0.20: its checkpoint brings code"),
         ("clip-vit-large-patch14", "vLLM 0.20: it is not cut into stages."),
     ],
 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Gpu
     from apex_opt.ir.model import Model
 
+_HALF_BYTES: Final = 2
 ANY: Final = "any"
 """In place of an engine's name: plans that no engine need be able to run."""
 
@@ -59,8 +60,9 @@ class EngineRules:
     whole_experts : set             families whose experts are cut by tp alone, whatever is asked
     without_class : set             families that the release has no class of its own for: it refuses them, or runs a
                                     class of Transformers, whose times are others
-    brought_code : set              families whose configuration Transformers does not know: its class comes with the
-                                    checkpoint, which the engine runs where it is told to trust it
+    brought_code : set              families, and types of files around decoders, whose configuration Transformers does
+                                    not know: its class comes with the checkpoint, which the engine runs where it is
+                                    told to trust it
     whole_kv_heads : set            families whose KV heads cannot be copied: no more shards than KV heads
     tower_shards : bool             an image tower is cut as attention is, by its heads
     whole_towers : set              families whose tower is whole on every GPU instead where its heads do not divide
@@ -74,6 +76,8 @@ class EngineRules:
     split_formats : set             weight formats whose experts run with the kernels that such forwards are sent by
     whole_methods : set             methods of quantisation of a checkpoint whose experts do not, in whatever format
     split_seqs : int                sequences of a rank that such forwards can answer; 0: any number
+    sound_shards : set              families whose sound tower is cut over the shards of attention
+    whole_vocabulary : set          families whose embedding, and LM head with it, is whole on every GPU
     rotary_table : bool             cosines and sines of all positions are kept on every GPU, in 16 bit
     sources : mapping               rule, by the name of its field, to where it was read or found
     """
@@ -118,6 +122,8 @@ class EngineRules:
     split_formats: frozenset[str] = frozenset()
     whole_methods: frozenset[str] = frozenset()
     split_seqs: int = 0
+    sound_shards: frozenset[str] = frozenset()
+    whole_vocabulary: frozenset[str] = frozenset()
     rotary_table: bool = False
     sources: Mapping[str, str]
 
@@ -152,6 +158,7 @@ class Held:
     padded : tuple of (format, hidden, columns)    what the sizes of experts in a format are rounded up to multiples of
     vocab_everywhere : bool     every stage holds the embedding and the LM head
     embedding_everywhere : bool every stage holds the embedding
+    whole_vocabulary : bool     neither is cut
     table_bytes : int           cosines and sines of positions, on every GPU
     """
 
@@ -160,6 +167,7 @@ class Held:
     padded: tuple[tuple[str, int, int], ...] = ()
     vocab_everywhere: bool = False
     embedding_everywhere: bool = False
+    whole_vocabulary: bool = False
     table_bytes: int = 0
 
     @classmethod
@@ -186,8 +194,8 @@ class Held:
             ),
             vocab_everywhere=model.family in rules.vocab_on_every_stage,
             embedding_everywhere=model.family in rules.embedding_on_every_stage,
-            # Layers of one model turn by as many angles, where they turn at all.
-            table_bytes=2 * model.max_position * rules.rotary_table * max(b.attention.rotary_dim for b in model.blocks),
+            whole_vocabulary=model.family in rules.whole_vocabulary,
+            table_bytes=_HALF_BYTES * rules.rotary_table * _angles(model),
         )
 
     def dense_shards(self, attention: int, ffn: int) -> int:
@@ -204,6 +212,16 @@ class Held:
     def multiples(self, name: str) -> tuple[int, int]:
         """What width and columns of an expert in a format are rounded up to multiples of, as they are stored."""
         return next(((hidden, columns) for padded, hidden, columns in self.padded if padded == name), (1, 1))
+
+
+def _angles(model: Model) -> int:
+    """Cosines and sines that layers turn by: in one table, or in one each for layers that see all and for windows."""
+    cells = [run.block.attention for run in model.runs]
+    if model.angles is None:
+        return model.max_position * max(cell.rotary_dim for cell in cells)
+    full, local = model.angles
+    widths = [[cell.rotary_dim for cell in cells if bool(cell.window) is behind] for behind in (False, True)]
+    return full * max(widths[0], default=0) + local * max(widths[1], default=0)
 
 
 PLAIN: Final = Held()

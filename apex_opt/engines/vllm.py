@@ -15,7 +15,12 @@ VLLM: Final = EngineRules(
     name="vllm",
     release="vLLM 0.20",
     dense_per_copy=True,
-    whole_shared=frozenset({"deepseek_v2", "deepseek_v3"}),
+    whole_shared=frozenset(
+        (
+            *("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "axk1", "llama4_text"),
+            *("nemotron_h", "qwen3_next", "qwen3_5_moe_text"),
+        )
+    ),
     formats=MappingProxyType(
         {
             "bf16": (8.0, inf),
@@ -82,6 +87,7 @@ VLLM: Final = EngineRules(
             *("ernie4_5_moe_vl", "exaone", "gte", "hyperclovax", "internlm2", "internlm3", "iquestcoder", "mimo"),
             *("mimo_v2_flash", "minicpm", "minimax_m1", "minimax_text_01", "nemotron-nas", "orion", "phi3_v", "phi4mm"),
             *("qwen", "sarvam_mla", "sarvam_moe", "solar", "step3p7"),
+            *("internvl_chat", "skywork_chat", "h2ovl_chat", "NVLM_D"),  # around decoders of other families
         )
     ),
     whole_kv_heads=frozenset({"gpt_oss"}),
@@ -93,6 +99,8 @@ VLLM: Final = EngineRules(
         {"bf16", "fp16", "fp8", "w8a8", "w4a16", "w4a16g64", "w4a16g32", "mxfp4", "mxfp8", "nvfp4"}
     ),
     whole_methods=frozenset({"awq"}),
+    sound_shards=frozenset({"qwen3_omni_moe_text"}),
+    whole_vocabulary=frozenset({"whisper"}),
     rotary_table=True,
     sources=MappingProxyType(
         {
@@ -100,7 +108,7 @@ VLLM: Final = EngineRules(
             "dense_attention_copies": "config/parallel.py: copies of a dense model are engines of their own",
             "experts_by_both": "model_executor/layers/fused_moe/config.py: either --enable-expert-parallel or shards",
             "dense_per_copy": "model_executor/layers/linear.py: cut over the tensor-parallel group of one copy",
-            "whole_shared": "models/deepseek_v2.py, config/parallel.py: use_sequence_parallel_moe",
+            "whole_shared": "models/{deepseek_v2,AXK1,llama4,nemotron_h,qwen3_next}.py: use_sequence_parallel_moe",
             "formats": "get_min_capability of layers/quantization/*, csrc/quantization/w8a8 (no int8 from 10.0 on)",
             "methods": "get_min_capability of layers/quantization/{modelopt,fbgemm_fp8,awq}.py",
             "made_on_load": "layers/quantization/fp8.py: Fp8OnlineLinearMethod",
@@ -122,6 +130,8 @@ VLLM: Final = EngineRules(
             "overlaps": "config/vllm.py: use_ubatching takes an all2all backend of DeepEP, whatever the model",
             "split_formats": "layers/fused_moe: _supports_parallel_config; WNA16 experts are split with 4 bits alone",
             "whole_methods": "layers/quantization/awq_marlin.py: select_gemm_impl raises without LoRA",
+            "sound_shards": "models/qwen3_omni_moe_thinker.py: Qwen3OmniMoeAudioAttention",
+            "whole_vocabulary": "models/whisper.py: WhisperDecoder has an embedding of torch, which its head shares",
             "rotary_table": "layers/rotary_embedding/base.py: cos_sin_cache",
         }
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,8 @@ _KINDS: Final = (
     *("mrope", "xdrope", "openpangu", "proportional"),
 )
 """Kinds of scaling whose factor extends the length; what one of another kind does is not known."""
+_LOCAL_BASES: Final = ("rope_local_base_freq", "swa_rope_theta", "local_rope_theta")
+"""Fields that give layers behind windows another base to turn by."""
 _SCALED: Final = "gemma3"
 """In the types of models whose files give the scaled length, whatever the kind of scaling."""
 
@@ -41,10 +44,7 @@ def context_limit(fields: Fields) -> int:
         return 0
     if _SCALED in fields.text("model_type"):
         return length
-    key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    scaling = fields.section(key)
-    kinds: Mapping[str, Any] = scaling.values if scaling is not None else {}
-    nested = kinds and all(isinstance(kind, dict) for kind in kinds.values())
+    key, kinds, nested = _scalings(fields)
     factor = 1.0
     for kind in kinds.values() if nested else (kinds,):
         called = "rope_type" if "rope_type" in kind or "type" not in kind else "type"
@@ -70,3 +70,40 @@ def context_limit(fields: Fields) -> int:
         fields.fault(f"{key}.factor", f"makes a context of {limit} tokens; it must be from 1 to {MAX_COUNT}")
         return 0
     return limit
+
+
+def _scalings(fields: Fields) -> tuple[str, Mapping[str, Any], bool]:
+    """What scales the rotary positions: the field, what it holds, and whether that is told for each kind of layer."""
+    key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    scaling = fields.section(key)
+    kinds: Mapping[str, Any] = scaling.values if scaling is not None else {}
+    return key, kinds, bool(kinds) and all(isinstance(kind, dict) for kind in kinds.values())
+
+
+def angle_positions(fields: Fields) -> tuple[int, int] | None:
+    """Positions of the tables of angles of layers that see all, and of those behind windows; None where all share one.
+
+    Asked once `context_limit` has found no fault. An engine keeps a table for each way to turn, as long as what scales
+    the positions makes it: of Gemma 3, whose files give the scaled length, eight times as long once more.
+    """
+    length = fields.count(LENGTHS[0], default=0)
+    _, kinds, nested = _scalings(fields)
+    if nested:
+        if len({json.dumps(kind, sort_keys=True) for kind in kinds.values()}) < 2:
+            return None
+        full, local = (kinds.get(name, {}) for name in ("full_attention", "sliding_attention"))
+    elif any(fields.get(key) for key in _LOCAL_BASES):
+        full, local = kinds, {}
+    else:
+        return None
+    return _scaled(full, length), _scaled(local, length)
+
+
+def _scaled(kind: Mapping[str, Any], length: int) -> int:
+    """Positions that a table of angles has."""
+    name, factor = kind.get("rope_type", kind.get("type", "default")), kind.get("factor")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or name in _UNSCALED:
+        return length
+    if name == "yarn" and isinstance(before := kind.get("original_max_position_embeddings"), int):
+        length = before
+    return math.floor(length * factor)

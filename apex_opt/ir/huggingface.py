@@ -12,20 +12,20 @@ import re
 from collections import Counter
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from apex_opt.errors import InputError, join_faults
 from apex_opt.files import json_kind, read_json, there
 from apex_opt.ir.checks import count_fault, shown
-from apex_opt.ir.context import LENGTHS, context_limit
-from apex_opt.ir.families import FAMILIES, SUPPORTED_MODEL_TYPES, Family, Sizes
+from apex_opt.ir.context import LENGTHS, angle_positions, context_limit
+from apex_opt.ir.families import FAMILIES, SUPPORTED_MODEL_TYPES, Family, Layers, Sizes
 from apex_opt.ir.families.towers import read_tower
 from apex_opt.ir.fields import Fields
 from apex_opt.ir.model import MAX_LAYERS, Block, Model, Run
 from apex_opt.ir.patterns import PatternError
 from apex_opt.ir.per_layer import read_layers
 from apex_opt.ir.quantisation import QUANTISATION_KEYS, Quantisation, read_quantisation
-from apex_opt.ir.understood import BESIDE, refuse_unknown
+from apex_opt.ir.understood import BESIDE, refuse_unknown, unknown_fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -86,6 +86,14 @@ _DTYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "bf16"}
 def read_config(path: Path, name: str | None = None) -> Model:
     """Model described by a Hugging Face `config.json`, and by the file beside it that tells of quantisation, if any.
 
+    Parameters and errors are those of `read_file`, with what `model_from_config` refuses besides.
+    """
+    return model_from_config(*read_file(path, name))
+
+
+def read_file(path: Path, name: str | None = None) -> tuple[dict[str, Any], str, str]:
+    """What a `config.json` holds, with the quantisation that a file beside it tells of; the model's name; its source.
+
     Parameters
     ----------
     path : Path             the file, or the folder that holds it as `config.json`
@@ -93,7 +101,7 @@ def read_config(path: Path, name: str | None = None) -> Model:
 
     Raises
     ------
-    InputError              no such file, not JSON, or a description that `model_from_config` refuses
+    InputError              no such file, or not JSON
     """
     try:
         file = path / "config.json" if path.is_dir() else path
@@ -114,7 +122,7 @@ def read_config(path: Path, name: str | None = None) -> Model:
             name = stem if stem != "config" else file.resolve().parent.name
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    return model_from_config(config, name, str(file))
+    return config, name, str(file)
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -152,31 +160,8 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     file = source
     if wrapped:
         source += f" ({wrapped})"
-    family = _family(fields, bool(wrapped), source)
-    stated = fields.values
-    fields = fields.alike(_EXPERTS)
-    if wrapped:
-        # Of a configuration within another one, only what differs from the defaults of its class is written.
-        fields = fields.replaced({**family.defaults, **fields.values})
-    fields.idle(*family.idle)
-    fields = fields.spelled(family.spelled).filled(family.implied)
-
-    listed = (fields.get(key) for key in family.layer_lists)
-    entries = next((len(rows) for rows in listed if rows and isinstance(rows, list | str)), None)
-    size = Sizes(
-        hidden=fields.count("hidden_size"),
-        layers=fields.count("num_hidden_layers", default=entries, maximum=MAX_LAYERS),
-        vocab=fields.count("vocab_size"),
-    )
-    max_position = context_limit(fields)
-    tied = fields.flag("tie_word_embeddings", default=family.tied) or family.pools  # which have no LM head
-    layers = read_layers(family, fields, size)
-    dtype = _dtype(fields)
-    quantisation = read_quantisation(fields)
-    mtp_layers = _mtp_layers(fields)
-    if not fields.faults:  # a reader that met one has not asked for all
-        fields.idle(*_repeated(fields, stated))
-        refuse_unknown(fields, stated)
+    found = _reading(fields, _family(fields, bool(wrapped), source), bool(wrapped))
+    family, fields, size, layers, quantisation = found[:5]
     if fields.faults:
         raise join_faults(source, list(dict.fromkeys(fields.faults)))
 
@@ -197,16 +182,19 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         name=name,
         hidden=size.hidden,
         vocab=size.vocab,
-        tied_embeddings=tied,
-        max_position=layers.longest or max_position,
+        tied_embeddings=found.tied,
+        max_position=layers.longest or found.max_position,
+        angles=angle_positions(fields),
         runs=runs,
-        dtype=dtype,
-        weight_format="+".join(formats) or dtype,
+        dtype=found.dtype,
+        weight_format="+".join(formats) or found.dtype,
         kv_format=quantisation.kv_format,
         scheme=quantisation.scheme(formats, used),
         family=next(name for name, known in FAMILIES.items() if known is family),
+        around=Fields(whole).text("model_type") if wrapped else "",
         tower_heads=_tower_heads(config),
-        mtp_layers=mtp_layers,
+        sound_heads=_sound_heads(config),
+        mtp_layers=found.mtp_layers,
         tower=tower,
         unread=_unread({**whole, **config}, family, tower),
         pools=family.pools,
@@ -222,6 +210,90 @@ def _repeated(fields: Fields, stated: Mapping[str, Any]) -> list[str]:
     """Other names under which a file states the same number of experts as under the one that is read."""
     told = [stated[key] for key in _EXPERTS if key in fields.asked and key in stated]
     return [key for key in _EXPERTS if key in stated and stated[key] in told]
+
+
+class _Reading(NamedTuple):
+    """A decoder as far as it can be read; the faults of its fields say what is wrong with it."""
+
+    family: Family
+    fields: Fields
+    size: Sizes
+    layers: Layers
+    quantisation: Quantisation
+    max_position: int
+    tied: bool
+    dtype: str
+    mtp_layers: int
+    unknown: tuple[tuple[str, Any], ...]
+
+
+def _reading(fields: Fields, family: Family, wrapped: bool) -> _Reading:
+    """The fields of a decoder, read as those of a family."""
+    stated = fields.values
+    fields = fields.alike(_EXPERTS)
+    if wrapped:
+        # Of a configuration within another one, only what differs from the defaults of its class is written.
+        fields = fields.replaced({**family.defaults, **fields.values})
+    fields.idle(*family.idle)
+    fields = fields.spelled(family.spelled).filled(family.implied)
+
+    listed = (fields.get(key) for key in family.layer_lists)
+    entries = next((len(rows) for rows in listed if rows and isinstance(rows, list | str)), None)
+    size = Sizes(
+        hidden=fields.count("hidden_size"),
+        layers=fields.count("num_hidden_layers", default=entries, maximum=MAX_LAYERS),
+        vocab=fields.count("vocab_size"),
+    )
+    max_position = context_limit(fields)
+    tied = fields.flag("tie_word_embeddings", default=family.tied) or family.pools  # which have no LM head
+    layers = read_layers(family, fields, size)
+    dtype, quantisation, mtp_layers = _dtype(fields), read_quantisation(fields), _mtp_layers(fields)
+    fields.idle(*_repeated(fields, stated))
+    unknown = tuple(unknown_fields(fields, stated))
+    if not fields.faults:  # a reader that met one has not asked for all
+        refuse_unknown(fields, unknown)
+    return _Reading(family, fields, size, layers, quantisation, max_position, tied, dtype, mtp_layers, unknown)
+
+
+def told_by_field(config: Mapping[str, Any], source: str) -> tuple[str, dict[str, str]]:
+    """What is understood of a file that is not read, field by field.
+
+    A file of a type that is not known is told as one of the family that would understand most of it, which is no claim
+    that it is one.
+
+    Parameters
+    ----------
+    config : mapping    the parsed file
+    source : str        where the file came from; opens an error message
+
+    Returns
+    -------
+    str             `model_type` of the family
+    dict            by field: "read", "changes nothing", "not understood", or what is wrong with it
+
+    Raises
+    ------
+    InputError      the file has no decoder that could be looked at
+    """
+    plain, wrapped = _text_part(_thinker(config), source)
+    stated = {key: value for key, value in plain.values.items() if value not in (None, False, 0, "", [], {})}
+    own = stated.get("model_type")
+    names = [own] if isinstance(own, str) and own in FAMILIES else list(FAMILIES)
+    found = [(name, _reading(Fields(plain.values), FAMILIES[name], bool(wrapped))) for name in names]
+
+    def strange(entry: tuple[str, _Reading]) -> tuple[int, float]:
+        alike = difflib.SequenceMatcher(None, str(own), entry[0]).ratio()
+        return len(entry[1].unknown) + len(set(entry[1].fields.faults)), -alike
+
+    name, reading = min(found, key=strange)
+    unknown = {key for key, _ in reading.unknown}
+    told = {
+        key: "not understood" if key in unknown else "read" if key in reading.fields.asked else "changes nothing"
+        for key in stated
+    }
+    told |= dict.fromkeys(unknown, "not understood")
+    faults = (fault.partition(" ") for fault in dict.fromkeys(reading.fields.faults))
+    return name, told | {key: text for key, _, text in faults if key not in unknown}
 
 
 def _check_size(model: Model, fields: Fields, source: str) -> None:
@@ -250,6 +322,13 @@ def _tower_heads(config: Mapping[str, Any]) -> int | None:
         return None
     stated = (tower.get(key) for key in ("num_attention_heads", "vt_num_attention_heads", "num_heads"))
     return next((heads for heads in stated if count_fault("heads", heads) is None and heads), 0)
+
+
+def _sound_heads(config: Mapping[str, Any]) -> int:
+    """Heads of the tower that reads sound beside a decoder; 0 where they are not stated, or there is none."""
+    tower = config.get("audio_config")
+    heads = tower.get("encoder_attention_heads") if isinstance(tower, dict) else None
+    return heads if isinstance(heads, int) and count_fault("heads", heads) is None else 0
 
 
 def _unread(config: Mapping[str, Any], family: Family, tower: Tower | None) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from apex_opt.ir.cells import AttentionCell, Cell, Cut, Ffn, Matrix, stored_byte
 from apex_opt.ir.cells.operations import Elementwise, HyperConnect, Product
 from apex_opt.ir.checks import check_counts, check_flags
 from apex_opt.ir.formats import FORMATS, KV_BYTES, is_format
+from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from apex_opt.ir.cells.operations import Linear
@@ -240,13 +241,17 @@ class Model:
     kv_format : str or None key of `KV_BYTES` where the checkpoint asks for one
     scheme : Scheme or None how the checkpoint was quantised; None where it was not
     family : str            its `model_type`, of whose layout engines know; "" where unknown
+    around : str            `model_type` of the file around a decoder that lies within another's; "" where it does not
     tower_heads : int or None    heads of the tower that reads images, 0 where they are not stated; None without one
+    sound_heads : int       heads of the tower that reads sound; 0 where they are not stated, or there is none
     mtp_layers : int        layers of multi-token prediction that the checkpoint has for drafts, beside `runs`
     pools : bool            it answers with a vector of the prompt rather than with tokens, and has no LM head
     tower : Tower or None   what reads images or sound beside the decoder, where it is known
     unread : tuple of str   objects of the configuration with towers, or what speaks, of which nothing is counted
     images : (float, float) or None    of the traffic: tokens of an image that the decoder reads, and share that these
                             have of prompts; None where it has none, and the tower that reads images is left out
+    angles : (int, int) or None    positions in the tables of angles of layers that see all and of those behind windows;
+                            None where all turn by one table of `max_position`
     before : tuple of Matrix    weights that the first stage has beside the embedding: learned positions, a norm
     after : tuple of Matrix     weights that the last stage has beside the LM head and the final norm
     source : str            where the description comes from
@@ -264,12 +269,15 @@ class Model:
     source: str
     scheme: Scheme | None = None
     family: str = ""
+    around: str = ""
     tower_heads: int | None = None
+    sound_heads: int = 0
     mtp_layers: int = 0
     pools: bool = False
     tower: Tower | None = None
     unread: tuple[str, ...] = ()
     images: tuple[float, float] | None = None
+    angles: tuple[int, int] | None = None
     before: tuple[Matrix, ...] = ()
     after: tuple[Matrix, ...] = ()
 
@@ -333,7 +341,8 @@ class Model:
 
     def before_bytes(self, shards: int) -> int:
         """Bytes on one device of what the first stage has beside the embedding, the encoder included."""
-        return 2 * self.before_parameters + (self.encoder.shard_bytes(shards) if self.encoder else 0)
+        weights = sum(ceil_div(matrix.weights, shards if matrix.cut else 1) for matrix in self.before)
+        return 2 * weights + (self.encoder.shard_bytes(shards) if self.encoder else 0)
 
     @property
     def traits(self) -> frozenset[str]:

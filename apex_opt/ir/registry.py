@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError, UnknownNameError
 from apex_opt.files import expanded, read_text, there
-from apex_opt.ir.huggingface import model_from_config, read_config, read_json_object
+from apex_opt.ir.huggingface import model_from_config, read_file, read_json_object
 
 if TYPE_CHECKING:
     from apex_opt.ir.model import Model
@@ -36,18 +36,24 @@ def load_model(name_or_path: str) -> Model:
     UnknownNameError    found in none of these places
     InputError          found, but not usable
     """
+    name = _names().get(name_or_path.strip().lower())
+    return model_from_config(*find_config(name_or_path)) if name is None else _registered(name)
+
+
+def find_config(name_or_path: str) -> tuple[dict[str, Any], str, str]:
+    """The configuration that `load_model` reads, with the model's name and where it came from; errors are the same."""
     wanted = name_or_path.strip()
     entries = _entries()
     name = _names().get(wanted.lower())
     if name is not None:
-        return _registered(name)
+        return _listed(name)
     if wanted:
         path = expanded(wanted)
         if there(path):
-            return read_config(path)
+            return read_file(path)
         cached = _cached_config(wanted)
         if cached is not None:
-            return read_config(cached, name=wanted)
+            return read_file(cached, name=wanted)
     near = difflib.get_close_matches(wanted.lower(), _names(), n=3)
     # Lower case where something is near, as the error compares spellings letter by letter.
     shown = wanted.lower() if near else name_or_path[:200]
@@ -101,9 +107,13 @@ def _names() -> dict[str, str]:
 @functools.cache
 def _registered(name: str) -> Model:
     """Model of one index entry, read once: studies ask many questions about the same few."""
+    return model_from_config(*_listed(name))
+
+
+def _listed(name: str) -> tuple[dict[str, Any], str, str]:
+    """Configuration, name and source of one index entry."""
     entry = _entries()[name]
-    config = read_json_object(CONFIG_FOLDER / entry["config"])
-    return model_from_config(config, name, f"registry {name}: {entry['note']}")
+    return read_json_object(CONFIG_FOLDER / entry["config"]), name, f"registry {name}: {entry['note']}"
 
 
 def _hub_cache() -> Path:

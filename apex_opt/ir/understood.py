@@ -14,7 +14,7 @@ from apex_opt.ir.fields import printed
 from apex_opt.ir.quantisation import QUANTISATION_KEYS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from apex_opt.ir.fields import Fields
 
@@ -78,15 +78,15 @@ _OWN_RULES: Final = (*QUANTISATION_KEYS, "per_layer_config")
 """Objects whose readers refuse themselves what they do not know."""
 
 
-def refuse_unknown(fields: Fields, stated: Mapping[str, Any]) -> None:
-    """Refuse what is not understood, after a reader has asked for all that it needs.
+def refuse_unknown(fields: Fields, unknown: Iterable[tuple[str, Any]]) -> None:
+    """Refuse what is not understood.
 
     Parameters
     ----------
-    fields : Fields     of the decoder
-    stated : mapping    what the file itself has in its place
+    fields : Fields    of the decoder
+    unknown : of (str, object)    names and values
     """
-    for name, value in unknown_fields(fields, stated):
+    for name, value in unknown:
         held = f"(it is {shown(value)})"
         text = f"is not understood and may change what is counted {held}; where it does not, give the file without it"
         fields.faults.append(f"{name} {text}")

@@ -160,10 +160,11 @@ class Asked:
 
     @property
     def code_of(self) -> tuple[str, ...]:
-        """Families, of the model and of what makes its drafts, whose checkpoints bring code that an engine runs."""
+        """Types, of the model and of what makes its drafts, whose checkpoints bring code that an engine runs."""
         drafter = self.plan.speculation
         models = (self.problem.model, *((load_model(drafter.model),) if drafter is not None and drafter.model else ()))
-        return tuple(dict.fromkeys(model.family for model in models if brings_code(model)))
+        names = (name for model in models for name in (model.family, model.around) if name in VLLM.brought_code)
+        return tuple(dict.fromkeys(names))
 
     @property
     def kv_in_fp8(self) -> bool:
@@ -221,7 +222,7 @@ class Replica:
 
 def brings_code(model: Model) -> bool:
     """Whether a checkpoint brings code: Transformers, which all engines and clients read it with, does not know it."""
-    return model.family in VLLM.brought_code
+    return bool({model.family, model.around} & VLLM.brought_code)
 
 
 def on_nodes(gpus: Iterable[str]) -> tuple[tuple[int, tuple[int, ...]], ...]:

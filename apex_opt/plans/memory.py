@@ -257,7 +257,7 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
     allotment, seats = allotted(model, plan, settings), state_seats(plan, settings)
     usable = int(gpu.memory_bytes * settings.gpu_memory_utilization)
     parts = stage_runs(model, plan.layers)
-    vocab_shard = 2 * ceil_div(model.vocab, plan.attention.tp) * model.hidden
+    vocab_shard = 2 * ceil_div(model.vocab, 1 if held.whole_vocabulary else plan.attention.tp) * model.hidden
     found: dict[tuple[object, ...], StageMemory] = {}
     ends = list(accumulate(plan.layers, initial=0))
     if plan.stages == 1:

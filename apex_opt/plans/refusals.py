@@ -161,6 +161,8 @@ def _heads(rules: EngineRules, model: Model, attention: Template) -> Iterator[st
     cut = rules.tower_shards and model.family not in rules.whole_towers
     if cut and model.tower_heads and model.tower_heads % tp:
         yield f"attention tp{tp} does not divide the {model.tower_heads} heads of the image tower"
+    if model.family in rules.sound_shards and model.sound_heads % tp:
+        yield f"attention tp{tp} does not divide the {model.sound_heads} heads of the sound tower"
 
 
 def _blocks(rules: EngineRules, model: Model, plan: Plan, block_size: int) -> Iterator[str]:

@@ -436,6 +436,8 @@ class Models(Document):
     status: str
     asked: str | None = None
     reason: str | None = None
+    nearest: str | None = None
+    fields: dict[str, str] | None = None
     runs: str | None = None
     models: tuple[ListedModel, ...]
 

@@ -16,6 +16,9 @@ from apex_opt.errors import InputError
 from apex_opt.ir import list_models, load_model
 from apex_opt.ir.cells.skipped import Skipped
 from apex_opt.ir.formats import KV_BYTES
+from apex_opt.ir.huggingface import told_by_field
+from apex_opt.ir.registry import find_config
+from apex_opt.launch.commands import brings_code
 from apex_opt.plans.plan import Template
 from apex_opt.profiles import load_profile
 from apex_opt.profiles.collectives import load_collectives
@@ -37,6 +40,8 @@ _GPU: Final = "h200-sxm"
 """The GPU of which most operations are measured."""
 _TOKENS: Final = 64
 """Largest batch that is priced to see where times come from."""
+_UNDERSTOOD: Final = ("read", "changes nothing")
+"""What is said of a field that is understood."""
 _OF_ALL: Final = ("power", "memory")
 """Figures of every model, which tell nothing of one."""
 
@@ -48,8 +53,20 @@ def models_document(asked: str | None) -> listed.Models:
     try:
         model = load_model(asked)
     except InputError as error:
-        return listed.Models(status="refused", asked=asked, reason=str(error), models=())
+        nearest, fields = _told(asked)
+        return listed.Models(
+            status="refused", asked=asked, reason=str(error), nearest=nearest, fields=fields, models=()
+        )
     return listed.Models(status="read", asked=asked, runs=_runs(model), models=(model_row(model),))
+
+
+def _told(asked: str) -> tuple[str | None, dict[str, str] | None]:
+    """What is understood of a file that is not read, as the family that understands most; None where there is none."""
+    try:
+        config, _, source = find_config(asked)
+        return told_by_field(config, source)
+    except InputError:
+        return None, None
 
 
 def model_row(model: Model) -> listed.ListedModel:
@@ -82,7 +99,7 @@ def _runs(model: Model) -> str | None:
     family, found = model.family, []
     if family in VLLM.without_class:
         found.append("it has no class of its own, and refuses it or runs one of Transformers, whose times are others")
-    if family in VLLM.brought_code:
+    if brings_code(model):
         found.append("its checkpoint brings code, which engines run where they are told to trust it")
     if family in VLLM.whole_models or (model.tied_embeddings and family in VLLM.whole_when_tied):
         found.append("it is not cut into stages")
@@ -122,6 +139,8 @@ def models_page(document: Document) -> str:
         if document["status"] == "refused":
             console.print(Text(f"{document['asked']} is not read."), soft_wrap=True)
             console.print(Text(document["reason"]), soft_wrap=True)
+            if document.get("fields"):
+                _fields(console, document["nearest"], document["fields"])
         elif document["status"] == "read":
             (row,) = document["models"]
             console.print(Text(f"{row['name']} is read."), soft_wrap=True)
@@ -134,6 +153,17 @@ def models_page(document: Document) -> str:
             _models(console, document["models"])
 
     return page(draw)
+
+
+def _fields(console: Console, nearest: str, fields: dict[str, str]) -> None:
+    """How much of a file that is not read is understood, and each field that is not."""
+    odd = [(name, text) for name, text in fields.items() if text not in _UNDERSTOOD]
+    if not odd:
+        return
+    plain = Counter(text for text in fields.values() if text in _UNDERSTOOD)
+    counts = ", ".join(f"{plain[text]} {text}" for text in _UNDERSTOOD)
+    console.print(Text(f"By the fields of {nearest}, the family nearest to it, {counts}; the others:"))
+    table(console, "", ("field", ""), odd, left={0, 1})
 
 
 def _left_out(row: dict[str, Any]) -> Iterator[str]:

@@ -23,10 +23,10 @@ from .sizes import (
     attention_side,
     draft_blocks,
     ffn_side,
+    head_bytes,
     kinds,
     shards,
     stages_of,
-    vocab_bytes,
 )
 from .tables import holds, tabulated
 
@@ -267,7 +267,7 @@ def weights_read_within_tpot(model: cp_model.CpModel, instance: Instance, v: Var
     if limit is None:
         return []
     degrees = range(1, instance.max_devices + 1)
-    head = tabulated(model, "head", [v.attention_tp], ((t, vocab_bytes(instance, t)) for t in degrees))
+    head = tabulated(model, "head", [v.attention_tp], ((t, head_bytes(instance, t)) for t in degrees))
     total: list[cp_model.LinearExpr] = [head]
     whole = shared_lies_whole(model, instance, v)
     for u, (block, count) in enumerate(kinds(instance).items()):

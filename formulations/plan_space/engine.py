@@ -162,6 +162,8 @@ class Runs:
             return False
         if model.family in rules.whole_kv_heads and any(tp > cell.kv_heads for cell, _ in self._cells):
             return False
+        if model.family in rules.sound_shards and model.sound_heads % tp:
+            return False
         if not rules.tower_shards or model.tower_heads is None or model.family in rules.whole_towers:
             return True
         return model.tower_heads % tp == 0

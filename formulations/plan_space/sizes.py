@@ -158,13 +158,19 @@ def ffn_width(block: Block, tp: int, ep: int) -> int:
 
 
 def vocab_bytes(instance: Instance, tp: int) -> int:
+    """What one device holds of the embedding, or of the LM head."""
+    return head_bytes(instance, 1 if instance.held.whole_vocabulary else tp)
+
+
+def head_bytes(instance: Instance, tp: int) -> int:
+    """What one device reads of the LM head for a token, at least."""
     return 2 * instance.model.hidden * -(-instance.model.vocab // tp)
 
 
 def before_bytes(instance: Instance, tp: int) -> int:
-    """What the first stage has beside the embedding: positions and norms whole, an encoder cut as attention is."""
+    """What the first stage has beside the embedding: positions, norms; tables and encoders are cut as heads are."""
     model, tower = instance.model, instance.model.encoder
-    weights = sum(matrix.rows * matrix.columns * matrix.times for matrix in model.before)
+    weights = sum(-(-part.rows * part.columns * part.times // (tp if part.cut else 1)) for part in model.before)
     if tower is not None:
         cut = Cut(heads=tp, columns=tp)
         for run in tower.runs:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from apex_opt.ir.families.base import Sizes
     from apex_opt.ir.fields import Fields
 
+LOCAL_BASE: Final = {"rope_local_base_freq": 10_000.0}
+"""What layers behind windows turn by in Gemma 3, whose files leave it to the class."""
 _NORMS: Final = 4  # before and after each cell
 _MOE_NORMS: Final = 3  # before the experts, and after them and the FFN beside
 
@@ -108,7 +110,7 @@ def _gemma4(fields: Fields, size: Sizes) -> Layers:
     ]
     width = size.layers * narrow
     before = (
-        Matrix("per-layer embedding", width, 1, times=max(rows, 1), used=1),
+        Matrix("per-layer embedding", width, 1, cut="heads", times=max(rows, 1), used=1),
         Matrix("per-layer projection", width, size.hidden),
         Matrix("per-layer norm", narrow, 1),
     )
@@ -145,6 +147,7 @@ _GEMMA3: Final = Family(
     architecture="Gemma3ForCausalLM",
     read=_gemma(6, qk_norm=True),
     modules=module_names(),
+    implied=LOCAL_BASE,
     defaults=sizes(262208, 2304, 9216, 26, 8, 131072)
     | {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
     tied=True,

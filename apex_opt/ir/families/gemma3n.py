@@ -8,6 +8,7 @@ from apex_opt.ir.cells import Attention, DenseFfn, Matrix
 from apex_opt.ir.checks import count_fault
 from apex_opt.ir.families.base import Family, Layers, module_names, sizes
 from apex_opt.ir.families.decoder import head_fields, window_of_layers
+from apex_opt.ir.families.gemma import LOCAL_BASE
 from apex_opt.ir.model import Block
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def read(fields: Fields, size: Sizes) -> Layers:
     ]
     width = size.layers * narrow
     before = (
-        Matrix("per-layer embedding", width, 1, times=rows, used=1),
+        Matrix("per-layer embedding", width, 1, cut="heads", times=rows, used=1),
         Matrix("per-layer projection", width, size.hidden),
         Matrix("per-layer norm", narrow, 1),
         Matrix("streams", size.hidden, size.hidden, times=streams - 1),
@@ -88,7 +89,7 @@ FAMILIES: Final[dict[str, Family]] = {
         architecture="Gemma3nForCausalLM",
         read=read,
         modules=module_names(),
-        implied={"sliding_window": 512},
+        implied={"sliding_window": 512} | LOCAL_BASE,
         defaults=sizes(262400, 2048, 16384, 35, 8, 32768) | {"num_key_value_heads": 2, "head_dim": 256},
         tied=True,
     ),
