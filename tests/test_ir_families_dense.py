@@ -36,6 +36,13 @@ def test_biases_of_queries_keys_and_values_alone(name: str) -> None:
     assert (attention.qkv_bias, attention.output_bias) == (True, False)
 
 
+def test_internlm_has_biases_in_attention_where_its_file_says_so() -> None:
+    biased, plain = read("internlm-7b"), read("internlm-7b", bias=False)
+    assert biased.parameters - plain.parameters == 32 * 4 * 4096
+    assert biased.parameters == 7_321_948_160
+    assert read("xverse-7b").runs[0].block.attention == plain.runs[0].block.attention
+
+
 def test_seed_oss_tells_the_bias_of_the_output_apart() -> None:
     attention = read("seed-oss-36b").runs[0].block.attention
     assert (attention.qkv_bias, attention.output_bias) == (True, False)

@@ -85,6 +85,7 @@ VLLM: Final = EngineRules(
         (
             *("Keye", "KeyeVL1_5", "axk1", "baichuan", "bailing_moe", "bailing_moe_v2", "deepseek", "dots_ocr"),
             *("ernie4_5_moe_vl", "exaone", "gte", "hyperclovax", "internlm2", "internlm3", "iquestcoder", "mimo"),
+            *("internlm", "xverse"),
             *("mimo_v2_flash", "minicpm", "minimax_m1", "minimax_text_01", "nemotron-nas", "orion", "phi3_v", "phi4mm"),
             *("qwen", "sarvam_mla", "sarvam_moe", "solar", "step3p7"),
             *("internvl_chat", "skywork_chat", "h2ovl_chat", "NVLM_D"),  # around decoders of other families

@@ -1,7 +1,7 @@
 """Dense decoders with RMS norms and gated FFNs that differ from Llama in a norm, a bias or the names of their fields.
 
-Of types that `transformers` no longer carries (baichuan, chatglm, internlm2, internlm3, phi3small, qwen) the fields are
-those of the classes that come with the checkpoints, as vLLM reads them.
+Of types that `transformers` no longer carries (baichuan, chatglm, internlm, internlm2, internlm3, phi3small, qwen,
+xverse) the fields are those of the classes that come with the checkpoints, as vLLM reads them.
 """
 
 from __future__ import annotations
@@ -193,6 +193,10 @@ FAMILIES: Final[dict[str, Family]] = {
             "head_dim": "kv_channels",
         },
     ),
+    "internlm": Family(
+        architecture="InternLMForCausalLM", read=_TOLD, modules=module_names(), spelled={"attention_bias": "bias"}
+    ),
+    "xverse": Family(architecture="XverseForCausalLM", read=Decoder(), modules=module_names()),
     "internlm2": Family(
         architecture="InternLM2ForCausalLM",
         read=Decoder(qkv_bias=None, output_bias=None),
