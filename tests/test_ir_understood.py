@@ -106,7 +106,7 @@ def test_objects_that_are_read_are_read_field_by_field(name: str, field: str, va
         ("qwen2", {"attention_bias": False}, "attention_bias false is not supported in this family"),
         ("qwen3", {"use_qk_norm": False}, "use_qk_norm false is not supported in this family"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm is not understood"),
-        ("gemma2", {"use_bidirectional_attention": True, "sliding_window": 64}, "use_bidirectional_attention is not"),
+        ("gemma3_text", {"use_bidirectional_attention": True, "sliding_window": 64}, "use_bidirectional_attention is"),
     ],
 )
 def test_what_a_family_has_always_or_never_is_not_told_otherwise(
@@ -116,6 +116,11 @@ def test_what_a_family_has_always_or_never_is_not_told_otherwise(
     read(config | dict.fromkeys(fields) | {"sliding_window": 64})
     with pytest.raises(InputError, match=said):
         read(config | fields)
+
+
+def test_a_decoder_of_paligemma_is_read_with_what_it_says_of_images() -> None:
+    config = case("gemma-2b")
+    assert read(config | {"num_image_tokens": 256, "use_bidirectional_attention": True}) == read(config)
 
 
 @pytest.mark.parametrize("release", [key for key in CLASSES if key != "types"])

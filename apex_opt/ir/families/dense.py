@@ -58,6 +58,7 @@ FAMILIES: Final[dict[str, Family]] = {
         implied={"head_dim": 256},
         defaults=sizes(256000, 3072, 24576, 28, 16, 8192) | {"num_key_value_heads": 16},
         tied=True,
+        idle=("num_image_tokens", "use_bidirectional_attention"),  # of PaliGemma, whose prompts see all of themselves
     ),
     "olmo": Family(
         architecture="OlmoForCausalLM",

@@ -169,6 +169,7 @@ FAMILIES: Final[dict[str, Family]] = {
         defaults=sizes(256000, 2304, 9216, 26, 8, 8192)
         | {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
         tied=True,
+        idle=("num_image_tokens", "use_bidirectional_attention"),  # of PaliGemma 2
     ),
     "vaultgemma": Family(
         architecture="VaultGemmaForCausalLM", read=_gemma(2, qk_norm=False, norms=2), modules=module_names(), tied=True
