@@ -67,6 +67,11 @@ def shares_of(ask: Ask, settings: EngineSettings, model: Model, gpus: Sequence[G
             f"--serving=shared: {rules.release} does not compute prompts and answers side by side on a GPU; use "
             "--engine=sglang, or --runnable=any to see what that would gain"
         )
+    if getattr(settings.scheduler, "scheduler_recv_interval", 1) > 1:
+        raise UsageError(
+            "--engine_settings: scheduler_recv_interval is not simulated where phases share a GPU, whose loop looks "
+            "for requests in every turn; leave it out"
+        )
     if allotted(model, parse_plan("tp1", model), settings).groups:
         raise UsageError(f"--serving=shared: layers of {model.name} keep different things, which is not simulated")
     found = tuple(parse_shares(name) for name in _searched(ask, settings, gpus))

@@ -54,6 +54,7 @@ def random_run(seed: int) -> Run:
         schedule_conservativeness=r.choice([1.0, 0.3, 0.05]),
         mixed_chunk=r.random() < 0.3,
         ignore_eos=not eos,
+        scheduler_recv_interval=Random(seed + 30_000).choice([1, 1, 2, 3, 10]),
     )
     page, longest, chunks = r.choice([1, 1, 2, 3, 16]), r.choice([12, 40, 100]), r.random() < 0.7
     seats = 16 if crowded else r.choice([1, 2, 5, 16])
@@ -174,6 +175,8 @@ def _law(r: Random, settings: EngineSettings) -> BatchLaw:
         chunk_context_rate=table(tokens, 1 << 20),
         transfer_ns=table(tokens, 500),
         copies=r.choice([1, 1, 2]),
+        launch_ns=r.choice([0, 0, 500, 5000]),
+        captured_tokens=r.choice([0, 0, 8]),
         **drafting,
         **of_windows(settings, lambda entries: table(entries - 1, 1 << 20)),
     )

@@ -184,6 +184,12 @@ def random_law(
             "draft_ns": table(seats, 0, 20, unit),
             "draft_rate": table(seats, *rate),
         }
+    if settings.scheduler.launches:
+        apart = np.random.default_rng(seed + 1)
+        drafting |= {
+            "launch_ns": int(apart.choice([0, 0, 3, 30, 90])) * unit,
+            "captured_tokens": int(apart.choice([0, 8])),
+        }
     return BatchLaw(
         **of_windows(settings, lambda entries: table(entries, *rate)),
         decode_ns=table(seats, 1, 40, unit),

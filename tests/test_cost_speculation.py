@@ -12,6 +12,7 @@ from plan_cases import make_problem, random_trace
 
 from apex_opt.cost import CostModel, account
 from apex_opt.cost.engine import load_engine
+from apex_opt.engines.kinds import load_kind
 from apex_opt.ir import load_model
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import parse_plan
@@ -110,3 +111,26 @@ def test_rows_without_drafts_read_the_same_tables_as_those_with_them() -> None:
     changed = replace(one, verify_ns=one.verify_ns * 2)
     chunks = [(1, 50), (4, 70)]
     assert changed.batch_ns(chunks) - one.batch_ns(chunks) == one.verify_ns[5]
+
+
+def test_loops_that_launch_batches_take_so_long_and_drafts_beside_a_prompt_are_launched_too() -> None:
+    """All passes of the drafter on TensorRT-LLM, the first on SGLang; vLLM has a process of its own for them."""
+
+    def launching(engine: str, words: str) -> BatchLaw:
+        kind = load_kind(engine)
+        settings = replace(problem().settings, scheduler=kind.scheduling(), max_num_seqs=64)
+        drafter = parse_drafter(words.removeprefix("spec=")) if words else None
+        settings = replace(settings, speculation=None, drafting=problem().settings.drafting if drafter else ())
+        costs = CostModel(MODEL, problem().cluster, settings, load_engine(engine))
+        return costs.plan_cost(parse_plan(f"tp2 {words}", MODEL)).laws[0]
+
+    launch_ns = round(load_engine("trtllm").launch_s * 1e9)
+    plain, three, one = (launching("trtllm", words).launch_ns for words in ("", "spec=mtp:3", "spec=eagle:1"))
+    layer = plain // MODEL.layers // launch_ns
+    assert plain == layer * MODEL.layers * launch_ns > 0
+    assert three == plain + 3 * (layer + 4) * launch_ns  # its layer, norm, head, choice and what gathers logits
+    assert one == plain + (three - plain) // 3
+    sglang = [launching("sglang", words).launch_ns for words in ("", "spec=mtp:3", "spec=ngram:3")]
+    assert sglang[0] == sglang[2] < sglang[1] < sglang[0] * (1 + 1.5 / MODEL.layers)
+    assert launching("vllm", "spec=mtp:3").launch_ns == 0
+    assert launching("vllm", "spec=mtp:3").mixed_ns[800] > launching("vllm", "spec=ngram:3").mixed_ns[800]

@@ -204,3 +204,9 @@ def test_split_forwards_have_room_for_the_sequences_of_a_rank(seats: int, room: 
     variable = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
     assert dict(found.commands[0].env).get(variable) == room
     assert has(found, variable) == (room is not None)
+
+
+def test_batches_between_two_looks_for_requests_are_named_where_they_are_more_than_one() -> None:
+    own = {"scheduler": SglangScheduling(scheduler_recv_interval=10)}
+    (command,) = emitted("sglang", DENSE, "tp8", 1, 8, settings=own).commands
+    assert value(command, "--scheduler-recv-interval") == "10"

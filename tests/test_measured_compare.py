@@ -82,31 +82,6 @@ def test_energy_counts_the_idle_time_before_the_first_arrival(own: MeasuredRun) 
     assert energy_j(replace(own, trace=later)) - energy_j(own) == pytest.approx(10 * idle_w, rel=1e-6)
 
 
-def test_an_engine_that_polls_lets_requests_wait_for_half_of_an_interval(own: MeasuredRun) -> None:
-    once, tenth = (comparison.prediction for comparison in compare(own, replace(own, poll_every=11)))
-    assert once is not None
-    assert tenth is not None
-    assert tenth.batches == once.batches
-    makespan_s = len(own.trace) / once.values["throughput"]
-    waited_s = 10 / 2 * (makespan_s - load_engine("vllm").request_s) / once.batches
-    for metric in ("ttft_mean", "ttft_p95", "e2e_mean"):
-        assert tenth.values[metric] - once.values[metric] == pytest.approx(waited_s, rel=1e-6), metric
-    for metric in ("tpot_mean", "itl_mean", "energy"):
-        assert tenth.values[metric] == once.values[metric], metric
-    assert len(own.trace) / tenth.values["throughput"] == pytest.approx(makespan_s + waited_s, rel=1e-6)
-
-
-def test_replicas_that_poll_wait_for_batches_of_their_own(own: MeasuredRun) -> None:
-    pair = replace(own, cluster="2xh200-sxm", plan="dp2")
-    once, more = (comparison.prediction for comparison in compare(pair, replace(pair, poll_every=3)))
-    assert once is not None
-    assert more is not None
-    makespan_s = len(own.trace) / once.values["throughput"]
-    waited_s = more.values["ttft_mean"] - once.values["ttft_mean"]
-    within_s = makespan_s - load_engine("vllm").request_s
-    assert waited_s == pytest.approx(within_s / (once.batches / 2), rel=1e-6)
-
-
 def _frozen(values: np.ndarray) -> np.ndarray:
     values.flags.writeable = False
     return values

@@ -368,3 +368,25 @@ def test_missing_columns_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="missing column model_path, system"):
         read_silicon(path)
     assert set(NEEDED) <= set(DENSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pieces"),
+    [
+        ({"batch_size": 32}, True),
+        ({"batch_size": 16}, False),
+        ({"batch_size": 128}, True),
+        ({"osl": 8192, "batch_size": 32}, False),
+        ({"osl": 8192, "batch_size": 64}, True),
+    ],
+)
+def test_prompts_run_from_captured_pieces_at_the_loads_that_scripts_chose(
+    tmp_path: Path, changes: dict[str, int], pieces: bool
+) -> None:
+    """`dsr1-fp4-b200-trt-mtp-2602`: at 32 and 64 clients, and at 128 without attention copies."""
+    (tmp_path / "families_x.csv").write_text("id,family\nrow,dsr1-fp4-b200-trt-mtp-2602\n")
+    ours = {"model_path": "deepseek-ai/DeepSeek-R1", "system": "b200_sxm", "gemm_quant_mode": "nvfp4"}
+    row = SPARSE | INFERENCEX | ours | {"backend": "trtllm", "moe_quant_mode": "nvfp4", "osl": "1024"}
+    run = one(tmp_path, row, **changes)
+    largest = run.settings.max_num_batched_tokens
+    assert (run.captured_tokens is not None and run.captured_tokens >= largest) if pieces else not run.captured_tokens

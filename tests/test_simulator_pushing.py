@@ -232,6 +232,7 @@ def drawn(rng: np.random.Generator, reserved: int) -> tuple[EnginePool, EnginePo
                 mixed_chunk=bool(rng.random() < 0.3),
                 schedule_policy="lpm" if rng.random() < 0.5 else "fcfs",
                 max_prefill_tokens=int(rng.choice([8, 64, 16384])) if chunked else 16384,
+                scheduler_recv_interval=int(rng.choice([1, 2, 10])) if rng.random() < 0.3 else 1,
             ),
         )
         law = random_law(settings, int(rng.integers(1 << 30)), zeros=float(rng.choice([0, 0.5])), copies=1, unit=7)

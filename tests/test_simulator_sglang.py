@@ -15,7 +15,7 @@ from golden.condense import digest, read_condensed, read_recorded
 from sglang_cases import random_run
 from simulator_cases import IMPLEMENTATIONS, REPLAYED, assert_same, linear, requests
 
-from apex_opt.engines.schedulers import SglangScheduling
+from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
 from apex_opt.errors import CapacityError, UnknownNameError, UsageError
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.simulator import replay_case, simulate
@@ -164,6 +164,40 @@ def test_a_prompt_is_computed_before_those_who_run_go_on(implementation: Impleme
         [(0, 1, 5), (1, 1, 6)],
         [(0, 1, 6)],
     ]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_new_requests_are_looked_for_after_prompts_and_every_so_many_steps(implementation: Implementation) -> None:
+    trace, own = requests([(0, 3, 12), (150, 5, 2)]), SglangScheduling(scheduler_recv_interval=4)
+    settings = replace(SMALL, async_scheduling=False, scheduler=own)
+    found = simulate(settings, 99, [linear(settings, 100)], trace, log=True, implementation=implementation)
+    # It looked at 100, after the prompt, and does so again after four steps, at 500.
+    assert [(start, rows[0]) for start, _, rows, _ in found.steps or ()][:7] == [
+        (0, (0, 3, 3)),
+        *((100 * step, (0, 1, 3 + step)) for step in range(1, 5)),
+        (500, (1, 5, 5)),
+        (600, (0, 1, 8)),
+    ]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("own", [SglangScheduling(), TrtllmScheduling()], ids=["sglang", "trtllm"])
+def test_a_batch_is_taken_in_after_the_next_one_is_launched(
+    implementation: Implementation, own: SglangScheduling | TrtllmScheduling
+) -> None:
+    settings = replace(SMALL, scheduler=own, chunked_prefill=False, max_num_batched_tokens=64)
+    trace = requests([(0, 60, 3), (0, 60, 2)])
+
+    def firsts(**launching: int) -> list[int]:
+        law = replace(linear(settings, 100), **launching)
+        found = simulate(settings, 200, [law], trace, log=True, implementation=implementation)
+        assert found.gaps_ns is not None
+        assert found.gaps_ns.sum() == (found.finish_ns - found.first_token_ns).sum()
+        return list(found.first_token_ns)
+
+    # The first prompt is launched until 70 and done at 100; the second is launched from 70 on, until 140.
+    assert firsts(launch_ns=70) == [140, 200]
+    assert firsts(launch_ns=70, captured_tokens=60) == firsts() == [100, 200]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -96,6 +96,8 @@ class Operations(Exchanges):
         count += len(block.own_operations) - block.shares_norm
         apart = {op.fused_as for op in block.attention.operations(WHOLE, 2) if isinstance(op, Elementwise)}
         count -= len(self.fused & _COUNTED_APART & apart)
+        if "experts" in self.fused:
+            count[1] -= max(block.ffn.called_together - 1, 0)
         return count + len(self.exchanges(block, attention, ffn))
 
     def held_in(self, weight_format: str, quantised: int) -> str:
@@ -274,6 +276,23 @@ class Operations(Exchanges):
             alone = {(operation, "verify_ns"): by_rows} if tables.drafts else {(operation, "decode_ns"): work}
             parts.append({(operation, "sequence_ns"): work, **alone})
         return merged(*parts)
+
+    def drafting(self, model: Model, drafter: Drafter, attention: Template, ffn: Template, *, passes: int) -> int:
+        """Kernels launched one by one to make drafts beside a prompt: layers, norm, head and choice of every pass.
+
+        Parameters
+        ----------
+        model
+        drafter : Drafter       how drafts are made
+        attention : Template    how attention is cut
+        ffn : Template          how the FFN is cut
+        passes : int            that run from no captured graph
+        """
+        draft = draft_of(model, drafter)
+        if draft is None:
+            return 0
+        layers = sum(run.count * int(self.kernels(run.block, attention, ffn)[1]) for run in draft.runs)
+        return passes * (layers + 3 + (attention.tp > 1))
 
     def drafts(
         self,

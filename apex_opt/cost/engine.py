@@ -33,7 +33,7 @@ TIMES: Final = (
 _MOST_CAPTURED: Final = 65_536
 """Sequences, or tokens, of the largest captured graph."""
 
-FUSABLE: Final = ("rotary", "kv write", "qk norm", "norm", "activation", "quantise")
+FUSABLE: Final = ("rotary", "kv write", "qk norm", "norm", "activation", "quantise", "experts")
 """Operations that an engine may fuse with the kernel before or after."""
 
 
@@ -58,7 +58,8 @@ class EngineOverhead:
     client_token_s : float     the same for each token of its prompt: on its way in and through the tokeniser
     captured_sizes : tuple     decode batches are padded up to the next of these numbers of sequences
     fused : tuple of str       operations of `FUSABLE` that ride on the kernel before or after: their traffic counts,
-                               their launch does not; "quantise" where inputs of narrow products are written narrow
+                               their launch does not; "quantise" where inputs of narrow products are written narrow,
+                               "experts" where one call launches all of their kernels
     kernels : str              engine whose kernel tables are preferred, of `TABLE_ENGINES`
     experts_flops_per_s : float    arithmetic that experts in fp8 reach at most on Blackwell, with the kernels of a
                                release older than the tables; of others there is no such limit

@@ -79,6 +79,7 @@ class RankCosts:
         costs, tables = self._costs, self._costs.tables
         runs = costs.runs_of(named)
         captured, launched = costs.kernels(plan, runs)
+        launched += costs.drafting(plan) if last else 0
         own = list(costs.looked_up(plan, layout, runs, (first, last), costs.piece, self._own))
         seconds = costs.sum_of(own)
         together: list[tuple[int, Piece]] = []
@@ -145,7 +146,8 @@ class RankCosts:
             draft_ns=costs.integers(shared["together draft"]) if costs.drafts and in_step(plan) else no_table(),
             halves=halves,
         )
-        return costs.law_of(seconds, drafts=costs.drafts), sums, (*own, *together, (1, engine), (1, costs.summed(more)))
+        law = costs.launched(costs.law_of(seconds, drafts=costs.drafts), launched)
+        return law, sums, (*own, *together, (1, engine), (1, costs.summed(more)))
 
     def group(self, plan: Plan, shared: Sequence[SharedLaw]) -> Ranks:
         """The ranks of a replica of a plan.

@@ -161,13 +161,16 @@ class StageCosts:
         runs, copies = self.runs_of(named), cut.attention.dp
         pieces = list(self.looked_up(cut, layout, runs, (first, last), self.piece))
         seconds = self.sum_of(pieces)
-        engine = Piece.of(self.engine(overlapped, *self.kernels(cut, runs), seconds, copies))
+        captured, launched = self.kernels(cut, runs)
+        launched += self.drafting(cut) if last else 0
+        engine = Piece.of(self.engine(overlapped, captured, launched, seconds, copies))
         for table, values in engine.seconds.items():
             seconds[table] += values
         seconds["transfer_ns"] = np.zeros(len(self.tables.tokens))
         if not last:
             seconds["transfer_ns"] = self.operations.transfer(self.model, cut.attention, layout)
-        law, pieces = self.law_of(seconds, copies, self.drafts), [*pieces, (1, engine)]
+        law = self.launched(self.law_of(seconds, copies, self.drafts), launched)
+        pieces = [*pieces, (1, engine)]
         if cut.overlap == NANO:
             law = replace(law, resources=tuple(self._resource(name, cut, pieces) for name in RESOURCES))
         return law, tuple(pieces)
@@ -189,6 +192,28 @@ class StageCosts:
         gpu, form = self.cluster.gpu, get_format(weight_format)
         dtype = (form.computed(gpu.supports) or form).hardware_dtype
         return gpu.peak_flops_per_s(dtype or gpu.half_dtype), gpu.memory_bytes_per_s
+
+    def drafting(self, cut: Plan) -> int:
+        """Kernels that make drafts beside a prompt and are launched one by one.
+
+        TensorRT-LLM makes all drafts in the forward itself, which runs from a graph only where all decode. Others run
+        the first pass so, and those after it from graphs or with the next step (`eagle_worker.py` of SGLang 0.5,
+        `v1/spec_decode/eagle.py` of vLLM 0.20.2).
+        """
+        if cut.speculation is None:
+            return 0
+        own = self.settings.scheduler
+        passes = cut.speculation.draft_tokens if own.launches and own.drafts_at_once else 1
+        return self.operations.drafting(self.model, cut.speculation, cut.attention, cut.ffn, passes=passes)
+
+    def launched(self, law: BatchLaw, kernels: int) -> BatchLaw:
+        """A law with what its engine's loop takes to launch so many kernels itself, where it does."""
+        if not self.settings.scheduler.launches:
+            return law
+        overhead = self.overhead
+        return replace(
+            law, launch_ns=round(kernels * overhead.launch_s * NS_PER_S), captured_tokens=overhead.captured_tokens
+        )
 
     def named(self, runs: Iterable[Run]) -> Named:
         """Runs by what their blocks are, as what is quick to look up."""

@@ -72,6 +72,8 @@ class Scheduling:
     drafts_at_once : bool     a batch that brings a first token makes drafts as well; else only one that verifies some
     whole_rows : bool         a token is never scheduled without all of its drafts
     ranks_draft : bool        what its attention ranks do with drafts is modelled
+    launches : bool           the loop that forms batches and takes them in launches them itself, kernel by kernel, and
+                              takes one in after it has launched the next; else a process of its own launches them
     seats_per_stage : bool    max_num_seqs is of a batch, and a pipeline runs so many times as many as it has stages
     splitting : Splitting or None    when attention ranks split a forward into two halves, where they are asked to
     """
@@ -87,6 +89,7 @@ class Scheduling:
     drafts_at_once: ClassVar[bool] = True
     whole_rows: ClassVar[bool] = False
     ranks_draft: ClassVar[bool] = False
+    launches: ClassVar[bool] = False
     seats_per_stage: ClassVar[bool] = False
     splitting: ClassVar[Splitting | None] = None
 
@@ -196,6 +199,7 @@ class SglangScheduling(Scheduling):
                                         the one that has the fewest
     drafting_seats : int                most sequences running at once where drafts are verified, if no number is asked
                                         for; 0: as many as without drafts
+    scheduler_recv_interval : int       batches of decoding between two looks for new requests; at once after prompts
     """
 
     name = "sglang"
@@ -205,6 +209,7 @@ class SglangScheduling(Scheduling):
     drafts_at_once = False
     whole_rows = True
     ranks_draft = True
+    launches = True
     max_prefill_tokens: int = 16384
     schedule_policy: str = "fcfs"
     schedule_conservativeness: float = 1.0
@@ -212,10 +217,12 @@ class SglangScheduling(Scheduling):
     ignore_eos: bool = False
     load_balance_method: str = "round_robin"
     drafting_seats: int = 48
+    scheduler_recv_interval: int = 1
 
     def __post_init__(self) -> None:
         whole("max_prefill_tokens", self.max_prefill_tokens, 1)
         whole("drafting_seats", self.drafting_seats, 0)
+        whole("scheduler_recv_interval", self.scheduler_recv_interval, 1)
         if self.schedule_policy not in SCHEDULE_POLICIES:
             raise UnknownNameError("schedule_policy", str(self.schedule_policy)[:60], SCHEDULE_POLICIES)
         if self.load_balance_method not in LOAD_BALANCES:
@@ -297,6 +304,7 @@ class TrtllmScheduling(Scheduling):
     verifies_drafts = True
     ranks_draft = True
     whole_rows = True
+    launches = True
     seats_per_stage = True
     capacity_policy: str = "GUARANTEED_NO_EVICT"
     context_chunking_policy: str = "FIRST_COME_FIRST_SERVED"

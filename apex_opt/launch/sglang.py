@@ -161,6 +161,8 @@ class Sglang:
             words += ["--schedule-conservativeness", f"{own.schedule_conservativeness:g}"]
         if own.load_balance_method != usual.load_balance_method:
             words += ["--load-balance-method", own.load_balance_method]
+        if own.scheduler_recv_interval != usual.scheduler_recv_interval:
+            words += ["--scheduler-recv-interval", str(own.scheduler_recv_interval)]
         return [*words, "--enable-mixed-chunk"] if own.mixed_chunk else words
 
     def _drafting(self, drafter: Drafter, checkpoint: str) -> list[str]:

@@ -154,7 +154,7 @@ class Predictor:
         if isinstance(run, UnusableRun):
             return Comparison(run=run, reason=run.reason, detail=run.detail, model=model.name)
         # Tables list many a measurement more than once.
-        same = (*_likeness(run), run.trace, run.kv_blocks, run.poll_every, run.share_of, run.captured_tokens)
+        same = (*_likeness(run), run.trace, run.kv_blocks, run.share_of, run.captured_tokens)
         try:
             if same not in self._known:
                 self._known[same] = self._predict(run, model)
@@ -180,7 +180,7 @@ class Predictor:
         plan, pool, costs, cost = own.plan, own.pool, own.costs, own.cost
         settings = pool.settings
         outcome = _loaded("request beyond the engine's limits", lambda: run_deployment([pool], served))
-        request_ns = cost.request_ns + served.pause_ns + _waiting_ns(run, plan, outcome)
+        request_ns = cost.request_ns + served.pause_ns
         metrics = measure(outcome.as_run(run.trace, settings.max_model_len, outside_ns=request_ns))
         usage = account(plan, cost, costs, outcome.counts, outcome.makespan_ns, outcome.pools[0].shared)
         steps: tuple[StepTimes, ...] = ()
@@ -248,11 +248,7 @@ class Predictor:
         outcome = _loaded(
             "request beyond the engine's limits", lambda: run_disaggregated(first.pool, then.pool, sent, served)
         )
-        # Prompts may start once those who answer have seen their requests, which these look for between batches.
-        answered_ns = outcome.finish_ns - outcome.first_token_ns
-        batch_ns = float(answered_ns.sum() / max(int((run.trace.generated(settings.max_model_len) - 1).sum()), 1))
-        busy = min(float(answered_ns.sum()) / (outcome.makespan_ns * then.plan.replicas), 1.0)
-        outside_ns = first.cost.request_ns + served.pause_ns + round((run.poll_every - 1) * batch_ns * busy / 2)
+        outside_ns = first.cost.request_ns + served.pause_ns
         metrics = measure(outcome.as_run(run.trace, settings.max_model_len, outside_ns=outside_ns))
         pools = (Pool(plan=first.plan, role="prefill"), Pool(plan=then.plan, role="decode"))
         return Prediction(
@@ -273,16 +269,6 @@ class _Started(NamedTuple):
     costs: CostModel
     cost: PlanCost
     block_bytes: int
-
-
-def _waiting_ns(run: MeasuredRun, plan: Plan, outcome: Outcome) -> int:
-    """What requests of a run wait in the mean beside what is simulated.
-
-    An engine that looks for requests every so many batches lets them wait for half of these.
-    """
-    # Ranks in step count a batch each.
-    batch_ns = outcome.makespan_ns * plan.replicas * schedulers(run.settings, plan) / max(outcome.batches, 1)
-    return round((run.poll_every - 1) * batch_ns / 2)
 
 
 def _served(trace: Trace, overhead: EngineOverhead) -> Trace:

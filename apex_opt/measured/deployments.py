@@ -10,12 +10,14 @@ from apex_opt.cluster import load_cluster
 from apex_opt.engines.kinds import load_kind
 from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
 from apex_opt.ir.formats import FORMATS
+from apex_opt.measured.facts import pieces
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import default_kv_format
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from apex_opt.measured.facts import Family, Load
+    from apex_opt.measured.files import Row
 
 _SYSTEMS: Final = {
     "a100_sxm": ("a100-sxm", 8),
@@ -101,14 +103,12 @@ class Started:
                                       activations; "static", all memory for weights and cache alone; "left", what
                                       weights and activations leave, for the cache
     captured_tokens : int or None     most tokens of a batch with prompts that runs from captured pieces; None: as usual
-    poll_every : int                  batches between two looks of the engine for new requests
     requests_per_client : int
     """
 
     settings: EngineSettings
     share_of: str
     captured_tokens: int | None
-    poll_every: int
     requests_per_client: int
 
 
@@ -132,7 +132,7 @@ def started(family: Family | None, kind: str, cluster: str, load: Load) -> Start
     if isinstance(own["scheduler"], SglangScheduling):
         own["scheduler"] = replace(own["scheduler"], ignore_eos=True)
     captured: int | None = None
-    requests, share_of, polls = 10, "all", 1
+    requests, share_of = 10, "all"
     if family is not None:
         own |= _said(family, load)
         release = _SGLANG.search(family.text("image"))
@@ -140,7 +140,6 @@ def started(family: Family | None, kind: str, cluster: str, load: Load) -> Start
             own["async_scheduling"] = False
         own["scheduler"] = _scheduling(own["scheduler"], family, load)
         share_of = _MEANS.get(family.text("memory_fraction_means"), "all")
-        polls = int(family.number("scheduler_recv_interval", load) or 1)
         captured = _captured(family, kind, load)
         requests = _requests(family.text("requests_per_client"), load)
     own["max_num_batched_tokens"] = min(own["max_num_batched_tokens"], _LARGEST_BATCH)
@@ -149,7 +148,6 @@ def started(family: Family | None, kind: str, cluster: str, load: Load) -> Start
         settings=EngineSettings(**own),
         share_of=share_of,
         captured_tokens=captured,
-        poll_every=polls,
         requests_per_client=requests,
     )
 
@@ -157,13 +155,27 @@ def started(family: Family | None, kind: str, cluster: str, load: Load) -> Start
 def _captured(family: Family, kind: str, load: Load) -> int | None:
     """Most tokens of a batch with prompts that runs from captured pieces.
 
-    vLLM captures pieces for the sizes that it captures whole steps for, unless it is told to capture decoding alone.
+    vLLM captures pieces for the sizes that it captures whole steps for, unless it is told to capture decoding alone;
+    TensorRT-LLM where it is told to, for all sizes.
     """
     mode = family.text("cuda_graph_mode")
     if "without a graph" in mode:
         return 0
+    if kind.startswith("trtllm"):
+        return _LARGEST_BATCH if any(_holds(row, family, load) for row in pieces()) else None
     most = family.number("cuda_graph_max_batch", load) if kind.startswith("vllm") else None
     return None if most is None else int(most)
+
+
+def _holds(row: Row, family: Family, load: Load) -> bool:
+    """Whether a line of `pieces` is of a load of a family."""
+    cells = row.cells
+    return (
+        (cells["family"], int(cells["isl"]), int(cells["osl"])) == (family.name, load.prompt, load.output)
+        and int(cells["clients_min"]) <= load.clients <= int(cells["clients_max"] or load.clients)
+        and not (cells["attention_dp"] == "no" and load.copies > 1)
+        and int(cells["experts_ep"] or load.groups) == load.groups
+    )
 
 
 def _said(family: Family, load: Load) -> dict[str, Any]:
@@ -187,8 +199,13 @@ def _scheduling(own: Any, family: Family, load: Load) -> Any:
         most = family.number("max_num_batched_tokens", load)
         mixed = "mixed chunk" in family.text("prefill_mixes_with_decode")
         seats = 0 if family.text("max_num_seqs") else own.drafting_seats
-        prompts = int(most or own.max_prefill_tokens)
-        return replace(own, max_prefill_tokens=prompts, mixed_chunk=mixed, drafting_seats=seats)
+        return replace(
+            own,
+            max_prefill_tokens=int(most or own.max_prefill_tokens),
+            mixed_chunk=mixed,
+            drafting_seats=seats,
+            scheduler_recv_interval=int(family.number("scheduler_recv_interval", load) or 1),
+        )
     if not isinstance(own, TrtllmScheduling):
         return own
     waits = family.number("batch_wait_timeout_iters", load), family.number("batch_wait_max_tokens_ratio", load)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from apex_opt.measured.files import Row
 
 SHIPPED: Final = Path(__file__).parent / "data" / "deployments.csv"
+PIECEWISE: Final = SHIPPED.with_name("piecewise.csv")
 NEEDED: Final = ("family", "engine", "model", "gpu", "precision", "date_from", "date_to", "isl", "osl", "tp")
 
 
@@ -35,7 +36,10 @@ _OF_ITSELF: Final = ("family", "date_from", "date_to", "image", "warmups_per_cli
 
 
 class Load(NamedTuple):
-    """What values of a family go by: clients, nominal lengths, shards and copies of attention, drafts after a token."""
+    """What values of a family go by.
+
+    Clients, nominal lengths, shards and copies of attention, drafts after a token, groups of experts.
+    """
 
     clients: int
     prompt: int
@@ -43,6 +47,7 @@ class Load(NamedTuple):
     tp: int
     copies: int
     drafts: int = 0
+    groups: int = 1
 
 
 class Labels(NamedTuple):
@@ -225,6 +230,15 @@ def _degrees(row: Row) -> tuple[str, Degrees]:
             raise InputError(f"{row.where}: {column} {value} is outside 1 to {LARGEST:,}")
         found.append(value)
     return row.cells["id"].strip(), Degrees(*found)
+
+
+@lru_cache(maxsize=1)
+def pieces() -> tuple[Row, ...]:
+    """Loads at which TensorRT-LLM was started with captured pieces of batches with prompts, of every size.
+
+    Scripts choose by the load, which a text of `deployments.csv` tells in words and this shipped table in numbers.
+    """
+    return tuple(read_rows(PIECEWISE, ("family", "isl", "osl", "clients_min", "clients_max", "attention_dp")))
 
 
 @lru_cache(maxsize=8)

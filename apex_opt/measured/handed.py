@@ -109,7 +109,6 @@ def _run(row: Row) -> Run:
         settings=first,
         trace=closed_loop(clients, prompt, output, _PER_CLIENT, True),
         share_of="static",
-        poll_every=int(known["recv_interval"]),
         kv_blocks=int(total) // first.block_size if total else None,
         sweep=f"{trained_on(name)} {cell['gpu']} {cell['engine']} {' + '.join(plans)} {prompt}+{output}",
         measured={metric: value / 1e3 for metric, value in figures.items() if value},
@@ -144,6 +143,8 @@ def _settings(kind: Any, cluster: str, known: dict[str, str], side: str, clients
     if side == "prefill":
         own["max_num_batched_tokens"] = int(known["prefill_chunk"])
         scheduling = replace(scheduling, max_prefill_tokens=int(known["prefill_prompts"] or 16384))
+    else:
+        scheduling = replace(scheduling, scheduler_recv_interval=int(known["recv_interval"]))
     seats = int(known[f"{side}_seats"] or own["max_num_seqs"])
     own |= {
         "scheduler": scheduling,

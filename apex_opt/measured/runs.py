@@ -86,7 +86,6 @@ class MeasuredRun:
     share_of : str                 what `gpu_memory_utilization` is a share of: "all" memory for all there is,
                                    "static", all memory for weights and cache alone; "left", what the rest leaves
     rows : int                     of the file that hold this measurement
-    poll_every : int               batches between two looks of the engine for new requests
     captured_tokens : int or None  most tokens of a batch with prompts that runs from captured pieces; None: as usual
     kv_blocks : int or None        blocks the engine said it can hand out; None where memory has to be estimated
     measured : mapping             keys of `METRICS`
@@ -108,7 +107,6 @@ class MeasuredRun:
     answering: Answering | None = None
     share_of: str = "all"
     rows: int = 1
-    poll_every: int = 1
     captured_tokens: int | None = None
     kv_blocks: int | None = None
     measured: Mapping[str, float]

@@ -167,11 +167,11 @@ def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts, said: Asi
     backend = cell["backend"]
     if backend not in ENGINES:
         raise _Odd("engine not described", f"backend {backend!r:.40}")
-    load = Load(clients, prompt, output, degrees.tp, degrees.copies)
+    load = Load(clients, prompt, output, degrees.tp, degrees.copies, groups=degrees.moe_ep)
     family = facts.family(cell["id"], labels, load)
     if family is not None and name not in facts.relabelled:
         degrees = degrees.as_ran(family)
-        load = load._replace(tp=degrees.tp, copies=degrees.copies)
+        load = load._replace(tp=degrees.tp, copies=degrees.copies, groups=degrees.moe_ep)
     drafter = _drafter(family, said, degrees.copies)
     if drafter is not None:
         load = load._replace(drafts=drafter.draft_tokens)
@@ -205,7 +205,6 @@ def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts, said: Asi
         engine=kind,
         settings=settings,
         trace=closed_loop(clients, prompt, output, how.requests_per_client, drawn),
-        poll_every=how.poll_every,
         share_of=how.share_of,
         captured_tokens=how.captured_tokens,
         sweep=f"{trained_on(model.name)} {cell['system']} {backend} {plan} {prompt}+{output}",
@@ -236,12 +235,13 @@ def _assumptions(how: Started, kv: str, drawn: bool, family: Family | None) -> t
     """What is taken to be so, and from where."""
     lengths = f"drawn from {SHORTEST_SHARE:g} to 1 of those given" if drawn else "as given"
     settings = how.settings
+    polls = getattr(settings.scheduler, "scheduler_recv_interval", 1)
     return (
         f"deployment: {family.name}, {family.text('certainty')}" if family else "deployment: the engine's defaults",
         f"{how.requests_per_client} requests per client, lengths {lengths}",
         f"KV cache in {kv}, batches of up to {settings.max_num_batched_tokens} tokens, "
         f"{settings.gpu_memory_utilization:g} of the memory ({how.share_of})",
-        *((f"new requests are looked for every {how.poll_every} batches",) if how.poll_every > 1 else ()),
+        *((f"new requests are looked for every {polls} batches",) if polls > 1 else ()),
     )
 
 

@@ -106,6 +106,9 @@ class BatchLaw:
     ``verify_ns[t]`` more. A batch in which a row yields then makes drafts, which takes
     ``draft_ns[n] + (draft_rate[n] * held >> 20)`` more, where its sequences hold so much once it is done.
 
+    Where the loop of an engine launches a batch itself it sees nothing else for `launch_ns`, if the batch has a prompt
+    and more than `captured_tokens` tokens: whatever has ended by then is taken in later.
+
     Parameters
     ----------
     decode_ns, sequence_ns, attend_ns, context_rate : int64[max_num_seqs + 1]
@@ -115,6 +118,8 @@ class BatchLaw:
         attention copies of the stage, >= 1
     draft_tokens : int
         drafts that may follow a token; 0: none are made
+    launch_ns, captured_tokens : int
+        what the host takes to launch a batch with a prompt, and up to how many tokens it takes nothing; >= 0
     draft_ns, draft_rate, verify_ns : int64[max_num_seqs + 1] two times, int64[max_num_batched_tokens + 1]
         empty where none are made
     windows : tuple of Window
@@ -137,6 +142,8 @@ class BatchLaw:
     transfer_ns: NDArray[np.int64]
     copies: int = 1
     draft_tokens: int = 0
+    launch_ns: int = 0
+    captured_tokens: int = 0
     verify_ns: NDArray[np.int64] = field(default_factory=no_table)
     draft_ns: NDArray[np.int64] = field(default_factory=no_table)
     draft_rate: NDArray[np.int64] = field(default_factory=no_table)
@@ -147,8 +154,13 @@ class BatchLaw:
 
     def scaled(self, factor: int) -> BatchLaw:
         """The law with every time and rate multiplied by an integer."""
-        tables = {name: getattr(self, name) * factor for name in (*TABLES, *OF_WINDOWS)}
-        return replace(self, **tables, resources=tuple(law.scaled(factor) for law in self.resources))
+        scaled = {name: getattr(self, name) * factor for name in ("launch_ns", *TABLES, *OF_WINDOWS)}
+        return replace(self, **scaled, resources=tuple(law.scaled(factor) for law in self.resources))
+
+    def launching_ns(self, chunks: Sequence[tuple[int, int]]) -> int:
+        """How long the host launches a batch of (tokens, tokens held once it is done) per sequence."""
+        prompts = any(c > 1 + self.draft_tokens for c, _ in chunks)
+        return self.launch_ns if prompts and sum(c for c, _ in chunks) > self.captured_tokens else 0
 
     def batch_ns(self, chunks: Sequence[tuple[int, int]], *, yields: bool = True) -> int:
         """Time of a batch given as (tokens, tokens held once it is done) per sequence, and whether a row yields."""
@@ -185,7 +197,9 @@ class BatchLaw:
 OF_WINDOWS: Final = ("seen_rate", "seen_pair_rate")
 """Names of the tables of a law that have a row for each window."""
 TABLES: Final = tuple(
-    f.name for f in fields(BatchLaw) if f.name not in ("copies", "draft_tokens", "windows", "resources", *OF_WINDOWS)
+    f.name
+    for f in fields(BatchLaw)
+    if f.name not in ("copies", "draft_tokens", "launch_ns", "captured_tokens", "windows", "resources", *OF_WINDOWS)
 )
 """Names of its other tables, those of drafts last."""
 
@@ -243,6 +257,10 @@ def check_laws(
                 )
             if int(table.min(initial=0)) < 0:
                 raise UsageError(f"stage {stage}: {name} must not be negative, it holds {int(table.min())}")
+        if min(law.launch_ns, law.captured_tokens) < 0 or law.launch_ns > LARGEST:
+            raise UsageError(
+                f"stage {stage}: launch_ns {law.launch_ns} or captured_tokens {law.captured_tokens} is out of range"
+            )
         if law.copies < 1:
             raise UsageError(f"stage {stage}: a batch law needs at least one attention copy, not {law.copies}")
         most = {name: int(np.max(getattr(law, name), initial=0)) for name in TABLES}

@@ -204,6 +204,11 @@ class Cell(ABC):
     def launches(self) -> tuple[int, int]:
         """Kernels in captured graphs and as launched one by one, roughly, as counted in vLLM's models."""
 
+    @property
+    def called_together(self) -> int:
+        """Kernels launched one by one of which an engine with one call for all experts launches but one."""
+        return 0
+
     def cache(self, cut: Cut = WHOLE) -> tuple[Kept | State, ...]:
         """What is kept of tokens and sequences in one shard: nothing, where a kind does not say otherwise."""
         return ()

@@ -177,3 +177,8 @@ class MoeFfn(Ffn):
         permutations too; then the shared FFN."""
         captured, launched = self.dense.launches if self.dense else (0, 0)
         return 8 + captured, 14 + launched
+
+    @property
+    def called_together(self) -> int:
+        """All but norm, router and choice."""
+        return 11

@@ -23,6 +23,7 @@ from apex_opt.simulator.kernel.sglang import (
     flight_nb,
     form_nb,
     launch_nb,
+    looks_nb,
     receive_nb,
     slot_nb,
     stretch_nb,
@@ -38,8 +39,10 @@ from apex_opt.simulator.kernel.sglang_state import (
     F_ROWS,
     F_SIZE,
     F_STEP,
+    G_EVERY,
     G_IDLE,
     G_NODES_A_TURN,
+    G_PASSED,
     G_SPARE_NODES,
     G_TURNS,
     G_WAIT_HEAD,
@@ -127,6 +130,7 @@ def pushing_nb(run: Run, its: tuple[Sglang, Tree | None], links: Links) -> None:
     for instance in range(count):
         if instance < prefills:
             begin_nb(engine_nb(run, own, instance), own, tree)
+            engine_nb(run, own, instance).g[G_EVERY] = 1
         else:
             begin_nb(engine_nb(run, own, instance), own, None)
         instance_nb(links, instance)[DUE] = NEVER
@@ -216,7 +220,7 @@ def compute_nb(run: Run, own: Sglang, tree: Tree | None, links: Links, instance:
     for row in range(f[F_PROMPTS]):
         after[row] = computed[rows[row] >> 1]
     turn = g[G_TURNS] - r[DEPTH]
-    if turn >= 0 and ended_nb(e, own, turn):
+    if turn >= 0 and ended_nb(e, own, turn, instance):
         push_nb(e, own, tree, links, x, flight_nb(e, turn))
 
 
@@ -285,7 +289,7 @@ def answer_turn_nb(run: Run, own: Sglang, links: Links, instance: int, until: in
             stretch_nb(e, None, s, wake)
             if g[G_TURNS] > turns:
                 return
-    hear_nb(run, links, x, r[NOW])
+    hear_nb(run, links, x, r[NOW], looks_nb(g))
     merge_nb(e, s, flight_nb(e, max(g[G_TURNS] - 1, 0)), r[ASYNCHRONOUS])
     s[S_CAME] = s[S_RUNNING]
     resume_nb(e, links, x, s)
@@ -301,7 +305,7 @@ def answer_turn_nb(run: Run, own: Sglang, links: Links, instance: int, until: in
     f[F_ROWS] = r[BATCH_ROWS]
     launch_nb(e, f, instance)
     turn, ended = g[G_TURNS] - r[DEPTH], r[ENDED]
-    if turn >= 0 and ended_nb(e, own, turn):
+    if turn >= 0 and ended_nb(e, own, turn, instance):
         receive_nb(e, None, s, flight_nb(e, turn))
         send_next_nb(run, links, r[ENDED] - ended, coming, r[NOW])
     if at_once > 0:
@@ -338,9 +342,9 @@ def wake_nb(e: Engine, links: Links, x: I64, s: I64, until: int) -> int:
 
 
 @inner
-def hear_nb(run: Run, links: Links, x: I64, now: int) -> None:
-    """Take note of requests that have come, and of prompts."""
-    while x[FRESH] != NONE and column_nb(run, ARRIVAL)[x[FRESH]] <= now:
+def hear_nb(run: Run, links: Links, x: I64, now: int, looks: int) -> None:
+    """Take note of requests that have come, where they are looked for, and of prompts."""
+    while looks == 1 and x[FRESH] != NONE and column_nb(run, ARRIVAL)[x[FRESH]] <= now:
         x[FRESH] = column_nb(run, FOLLOWING)[x[FRESH]]
     if x[SOONEST] > now:
         return
@@ -454,6 +458,7 @@ def seat_nb(e: Engine, x: I64, s: I64) -> None:
         if generated[i] == 0:
             generated[i] = 1
             column_nb(run, FIRST)[i] = r[NOW]
+            e.g[G_PASSED] = e.g[G_EVERY]  # SGLang counts this as a batch of prompts
         if generated[i] == column_nb(run, LIMIT)[i]:
             release_nb(e, None, i, blocks_nb(column_nb(run, PROMPT)[i], r[BLOCK_SIZE]))
             column_nb(run, PLACE)[i] = DONE

@@ -14,6 +14,7 @@ from apex_opt.simulator.kernel.batch import (
     count_seen_nb,
     law_nb,
     log_step_nb,
+    log_taken_nb,
     pace_nb,
 )
 from apex_opt.simulator.kernel.jit import at, inner
@@ -29,11 +30,13 @@ from apex_opt.simulator.kernel.sglang_state import (
     F_STEP,
     G_BEGUN,
     G_CHUNKED,
+    G_EVERY,
     G_FLIGHT_AT,
     G_FLIGHT_SIZE,
     G_IDLE,
     G_MIXES,
     G_NODES_A_TURN,
+    G_PASSED,
     G_SIZE,
     G_SLOT_AT,
     G_SLOTS,
@@ -66,6 +69,7 @@ from apex_opt.simulator.kernel.sglang_state import (
 )
 from apex_opt.simulator.kernel.sglang_steps import finish_nb, merge_nb, mix_nb, step_nb
 from apex_opt.simulator.kernel.sglang_tree import cache_nb, empty_tree_nb
+from apex_opt.simulator.kernel.stages import launching_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     ASYNCHRONOUS,
@@ -87,6 +91,7 @@ from apex_opt.simulator.kernel.state import (
     FREE,
     GENERATED,
     HEAD,
+    LAUNCH_NS,
     LIMIT,
     LOGGED,
     MAX_SEQS,
@@ -166,7 +171,7 @@ def sglang_nb(run: Run, its: tuple[Sglang, Tree | None], replica: int, until: in
             break
         form_nb(e, own, tree, replica)
         if g[G_TURNS] >= r[DEPTH]:
-            take_in_nb(e, own, tree)
+            take_in_nb(e, own, tree, replica)
         if run.control[PASSED] == 1:
             break
 
@@ -198,8 +203,9 @@ def wake_nb(e: Engine, s: I64, until: int) -> int:
         if f[F_STEP] == 0 or f[F_PROMPTS] > 0 or f[F_ENDERS] > 0:
             return NONE
     if s[S_FULL] == 1:
-        return until
-    if g[G_WAIT_HEAD] != g[G_WAIT_TAIL]:
+        if g[G_EVERY] == 1:
+            return until
+    elif g[G_WAIT_HEAD] != g[G_WAIT_TAIL]:
         return NONE
     return until if r[HEAD] == NONE else min(until, column_nb(e.run, ARRIVAL)[r[HEAD]])
 
@@ -257,6 +263,7 @@ def stretch_nb(e: Engine, tree: Tree | None, s: I64, wake: int) -> None:
     r[BATCHES] += passed
     s[S_STEPS] += passed
     g[G_TURNS] += passed
+    g[G_PASSED] = (g[G_PASSED] + passed - 1) % g[G_EVERY] + 1
     f = flight_nb(e, g[G_TURNS] - 1)
     f[F_END], f[F_ROWS], f[F_PROMPTS], f[F_ENDERS], f[F_STEP] = end, n, 0, 0, 1
 
@@ -274,7 +281,9 @@ def launch_nb(e: Engine, f: I64, replica: int) -> None:
     r, g = e.r, e.g
     f[F_END] = through_stages_nb(e, f)
     log_step_nb(e.run, r, replica, r[NOW], f[F_END])
+    r[NOW] += launching_nb(r)
     g[G_TURNS] += 1
+    pass_nb(g, f[F_PROMPTS])
     if r[BATCH_ROWS] > 0:
         g[G_IDLE] = 0
 
@@ -313,9 +322,26 @@ def blank_nb(e: Engine) -> I64:
 
 
 @inner
+def pass_nb(g: I64, prompts: int) -> None:
+    """A turn passes, with so many rows of prompts."""
+    g[G_PASSED] = g[G_EVERY] if prompts > 0 else min(g[G_PASSED] + 1, g[G_EVERY])
+
+
+@inner
+def looks_nb(g: I64) -> int:
+    """Whether new requests are looked for in this turn."""
+    if g[G_IDLE] == 0 and g[G_PASSED] < g[G_EVERY]:
+        return 0
+    g[G_PASSED] = 0
+    return 1
+
+
+@inner
 def arrive_nb(e: Engine) -> None:
-    """Those that have come wait."""
+    """Those that have come wait, where it is time to look for them."""
     run, r, g = e.run, e.r, e.g
+    if looks_nb(g) == 0:
+        return
     arrival, following = column_nb(run, ARRIVAL), column_nb(run, FOLLOWING)
     head = r[HEAD]
     while head != NONE and arrival[head] <= r[NOW]:
@@ -356,19 +382,21 @@ def own_ns_nb(e: Engine, f: I64, law: I64) -> int:
 
 
 @inner
-def take_in_nb(e: Engine, own: Sglang, tree: Tree | None) -> None:
+def take_in_nb(e: Engine, own: Sglang, tree: Tree | None, replica: int) -> None:
     """Take in the oldest batch in flight, if the turn that formed it formed one."""
     turn = e.g[G_TURNS] - e.r[DEPTH]
-    if ended_nb(e, own, turn):
+    if ended_nb(e, own, turn, replica):
         receive_nb(e, tree, slot_nb(own, e.g, turn % e.g[G_SLOTS]), flight_nb(e, turn))
 
 
 @inner
-def ended_nb(e: Engine, own: Sglang, turn: int) -> bool:
+def ended_nb(e: Engine, own: Sglang, turn: int, replica: int) -> bool:
     """Whether a turn, of which it is time to take in the batch, formed one; the clock comes to its end."""
     r, g, f = e.r, e.g, flight_nb(e, turn)
     if f[F_ROWS] > 0:
         r[NOW] = max(r[NOW], f[F_END])
+        if r[LAUNCH_NS] > 0:
+            log_taken_nb(e.run, replica, r[NOW])
         return True
     idle = 1
     for later in range(turn + 1, g[G_TURNS]):

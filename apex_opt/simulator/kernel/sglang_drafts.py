@@ -17,10 +17,11 @@ from apex_opt.simulator.kernel.batch import (
     log_lost_nb,
     log_row_nb,
     log_step_nb,
+    log_taken_nb,
 )
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
-from apex_opt.simulator.kernel.sglang import arrive_nb, begin_nb, engine_nb, flight_nb, nobody_nb, slot_nb
+from apex_opt.simulator.kernel.sglang import arrive_nb, begin_nb, engine_nb, flight_nb, nobody_nb, pass_nb, slot_nb
 from apex_opt.simulator.kernel.sglang_prompts import make_room_nb, prompts_nb
 from apex_opt.simulator.kernel.sglang_state import (
     AHEAD,
@@ -69,6 +70,7 @@ from apex_opt.simulator.kernel.sglang_state import (
 from apex_opt.simulator.kernel.sglang_steps import order_by_made_nb, release_nb, unlog_nb
 from apex_opt.simulator.kernel.sglang_tree import cache_nb
 from apex_opt.simulator.kernel.speculative import drafts_nb, launch_nb
+from apex_opt.simulator.kernel.stages import launching_nb
 from apex_opt.simulator.kernel.state import (
     ACCEPTED_AT,
     ARRIVAL,
@@ -90,6 +92,7 @@ from apex_opt.simulator.kernel.state import (
     FREE,
     GENERATED,
     HEAD,
+    LAUNCH_NS,
     LIMIT,
     LOGGED,
     LOOKAHEAD,
@@ -136,11 +139,13 @@ def sglang_drafts_nb(run: Run, its: tuple[Sglang, Tree | None], replica: int, un
         f = choose_nb(e, own, tree)
         f[F_END] = launch_nb(run, r)
         log_step_nb(run, r, replica, r[NOW], f[F_END])
+        r[NOW] += launching_nb(r)
         g[G_TURNS] += 1
+        pass_nb(g, f[F_PROMPTS])
         if r[BATCH_ROWS] > 0:
             g[G_IDLE] = 0
         if g[G_TURNS] >= r[DEPTH]:
-            take_in_nb(e, own, tree)
+            take_in_nb(e, own, tree, replica)
         if run.control[PASSED] == 1:
             break
 
@@ -348,13 +353,15 @@ def retract_nb(e: Engine, tree: Tree | None, s: I64) -> None:
 
 
 @inner
-def take_in_nb(e: Engine, own: Sglang, tree: Tree | None) -> None:
+def take_in_nb(e: Engine, own: Sglang, tree: Tree | None, replica: int) -> None:
     """Take in the oldest batch in flight, if the turn that formed it formed one."""
     r, g = e.r, e.g
     turn = g[G_TURNS] - r[DEPTH]
     f, s = flight_nb(e, turn), slot_nb(own, g, 0)
     if f[F_ROWS] > 0:
         r[NOW] = max(r[NOW], f[F_END])
+        if r[LAUNCH_NS] > 0:
+            log_taken_nb(e.run, replica, r[NOW])
         receive_nb(e, tree, s, f)
         return
     g[G_IDLE] = 0 if r[DEPTH] == 2 and flight_nb(e, turn + 1)[F_ROWS] > 0 else 1

@@ -53,12 +53,23 @@ from apex_opt.simulator.kernel.group_state import (
     Halves,
 )
 from apex_opt.simulator.kernel.jit import at, inner
-from apex_opt.simulator.kernel.sglang import begin_nb, choose_nb, engine_nb, flight_nb, own_ns_nb, receive_nb, slot_nb
+from apex_opt.simulator.kernel.sglang import (
+    begin_nb,
+    choose_nb,
+    engine_nb,
+    flight_nb,
+    looks_nb,
+    own_ns_nb,
+    pass_nb,
+    receive_nb,
+    slot_nb,
+)
 from apex_opt.simulator.kernel.sglang_drafts import choose_nb as choose_drafting_nb
 from apex_opt.simulator.kernel.sglang_drafts import receive_nb as receive_drafts_nb
 from apex_opt.simulator.kernel.sglang_state import (
     ERROR_NODES,
     F_END,
+    F_PROMPTS,
     F_ROWS,
     G_BEGUN,
     G_CHUNKED,
@@ -82,6 +93,7 @@ from apex_opt.simulator.kernel.sglang_state import (
     Tree,
 )
 from apex_opt.simulator.kernel.speculative import drafted_ns_nb
+from apex_opt.simulator.kernel.stages import launching_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     BATCH_DECODES,
@@ -265,7 +277,7 @@ def form_together_nb(
 ) -> None:
     """Form the batch of each rank, and run them where any has one."""
     first, count = g[FIRST_RANK], g[COUNT]
-    rows, lost_at = 0, run.control[LOST]
+    rows, prompts, launching, lost_at = 0, 0, 0, run.control[LOST]
     for rank in range(first, first + count):
         e = engine_nb(run, own, rank)
         e.r[NOW] = g[CLOCK]
@@ -284,7 +296,11 @@ def form_together_nb(
         if drafting is None and e.r[BATCH_ROWS] > 0:
             count_batch_nb(run, e.r)
         lost_at = log_together_nb(run, e.r, rank, g[CLOCK], lane[LANE_DONE], lost_at)
+        launching = max(launching, launching_nb(e.r))
+        prompts += flight_nb(e, e.g[G_TURNS])[F_PROMPTS]
         e.g[G_TURNS] += 1
+    g[CLOCK] += launching
+    pass_nb(engine_nb(run, own, first).g, prompts)
     if rows > 0:
         lane[LANE_DONE] += 1
         engine_nb(run, own, first).g[G_IDLE] = 0
@@ -374,7 +390,8 @@ def turns_nb(
             if e.g[G_SPARE_NODES] < e.g[G_NODES_A_TURN]:
                 lead.r[ERROR] = ERROR_NODES
                 return
-        deal_nb(run, group, own, g, place)
+        if looks_nb(lead.g) == 1:
+            deal_nb(run, group, own, g, place)
         form_together_nb(run, group, halves, own, tree, g, drafting)
         if lead.g[G_TURNS] >= lead.r[DEPTH]:
             take_in_together_nb(run, group, own, tree, g, drafting)

@@ -95,6 +95,8 @@ WAITS, CHUNKS, RUNS, LEAVES, DONE = range(5)  # values of PLACE; who leaves has 
     G_EVICTABLE,
     G_HEAP,
     G_BEYOND,  # tokens after a page without which its content is not known
+    G_EVERY,  # turns between two looks for new requests
+    G_PASSED,  # turns since the last look; G_EVERY after one with prompts
     # Budgets of a batch of prompts that is being formed.
     P_ROWS,
     P_SEATED,
@@ -105,7 +107,7 @@ WAITS, CHUNKS, RUNS, LEAVES, DONE = range(5)  # values of PLACE; who leaves has 
     P_FUTURES,
     P_TOKENS,
     G_SIZE,
-) = range(42)
+) = range(44)
 
 # Registers of a slot: where its running list and residues begin. S_LAST tells of its last batch.
 (

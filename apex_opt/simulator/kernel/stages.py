@@ -15,6 +15,8 @@ from apex_opt.simulator.kernel.state import (
     DONE,
     ENTERING_AT,
     FIRST_STAGE,
+    LAUNCH_NS,
+    LAUNCHED_FREE,
     MAX_SEQS,
     MIXED_NS,
     NONE,
@@ -92,6 +94,15 @@ def through_stages_nb(run: Run, r: I64) -> int:
             end += by_tokens_nb(law, r, MIXED_NS, TRANSFER_NS)[r[BATCH_TOKENS]]
     count_batch_nb(run, r)
     return end
+
+
+@inner
+def launching_nb(r: I64) -> int:
+    """How long the loop launches the batch that was formed and sees nothing else."""
+    launching: int = 0
+    if r[BATCH_DECODES] < r[BATCH_ROWS] and r[BATCH_TOKENS] > r[LAUNCHED_FREE]:
+        launching = r[LAUNCH_NS]
+    return launching
 
 
 @inner

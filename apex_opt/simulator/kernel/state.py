@@ -153,6 +153,8 @@ ASKS, GETS, LEFT, ASKING_SIZE = range(4)
     WINDOWS_OF_COUNTS,
     RESOURCES,  # how many work at one time, whose laws follow that of the only stage
     SLEEP_NS,  # after a turn that scheduled nothing while requests are unfinished
+    LAUNCH_NS,  # how long the loop launches a batch with a prompt, and up to how many tokens it takes no time
+    LAUNCHED_FREE,
     WINDOW_PAIRS,  # what the pairs of a chunk take, in memory: as a register of a loop it would be compiled as vectors
     # Registers of both engines, then those of a batch that is being formed, then of one engine.
     NOW,
@@ -217,7 +219,7 @@ ASKS, GETS, LEFT, ASKING_SIZE = range(4)
     CHOSEN,
     QUIET,  # whether the last batch was of all that decode, and nothing has changed since
     REPLICA_SIZE,
-) = range(103)
+) = range(105)
 
 # Of a micro-batch, see `rotation`: its sequences, the context they hold, and that of all batches in the stretch; how
 # often it was formed and taken in, how often it can be taken in before somebody gets its first or last token, FORMED

@@ -26,7 +26,7 @@ from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.policies import blocks_nb
 from apex_opt.simulator.kernel.reuse import claim_nb, store_nb, take_free_nb
 from apex_opt.simulator.kernel.speculative import drafts_nb, launch_nb
-from apex_opt.simulator.kernel.stages import newest_nb, queued_nb, through_stages_nb
+from apex_opt.simulator.kernel.stages import launching_nb, newest_nb, queued_nb, through_stages_nb
 from apex_opt.simulator.kernel.state import (
     ACCEPTED_AT,
     ADMITTED,
@@ -69,6 +69,7 @@ from apex_opt.simulator.kernel.state import (
     GETS,
     HEAD,
     IN_FLIGHT,
+    LAUNCH_NS,
     LEFT,
     LIMIT,
     LOGGED,
@@ -156,10 +157,12 @@ def trtllm_nb(run: Run, cache: Cache | None, replica: int, until: int) -> None:
             queue_end[newest] = end
             queue_end[r[DEPTH] + newest] = r[BATCH_ROWS]
             r[QUEUED] += 1
-            if r[BATCH_ROWS] > 0 and r[QUEUED] < r[DEPTH] and queue_end[r[QUEUE_HEAD]] > r[NOW]:
+            r[NOW] += launching_nb(r)
+            if r[BATCH_ROWS] > 0 and r[QUEUED] < r[DEPTH]:
                 continue
         oldest = r[QUEUE_HEAD]
-        if r[FETCH_WAIT_NS] > 0 and queue_end[r[DEPTH] + oldest] > 0:  # it may be done before the turn is
+        late = r[FETCH_WAIT_NS] > 0 or r[LAUNCH_NS] > 0
+        if late and queue_end[r[DEPTH] + oldest] > 0:  # it may be done before the turn is
             log_taken_nb(run, replica, max(r[NOW], queue_end[oldest]))
         take_in_nb(run, cache, r)
         if run.control[PASSED] == 1:

@@ -39,7 +39,7 @@ from apex_opt.simulator.kernel.group_state import (
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.reuse import empty_reuse_nb
 from apex_opt.simulator.kernel.speculative import drafted_ns_nb
-from apex_opt.simulator.kernel.stages import newest_nb, queued_nb
+from apex_opt.simulator.kernel.stages import launching_nb, newest_nb, queued_nb
 from apex_opt.simulator.kernel.state import (
     ARRIVAL,
     ASKING_SIZE,
@@ -204,7 +204,7 @@ def run_together_nb(run: Run, group: Group, g: I64) -> int:
     for rank in range(first, first + count):
         rows += rank_nb(run, rank)[BATCH_ROWS]
         lost_at -= rank_nb(run, rank)[BATCH_LOST]
-    end, number = g[CLOCK], NONE
+    end, number, launching = g[CLOCK], NONE, 0
     if rows > 0:
         for rank in range(first, first + count):
             m, r = at(group.members, rank * MEMBER_SIZE), rank_nb(run, rank)
@@ -222,6 +222,8 @@ def run_together_nb(run: Run, group: Group, g: I64) -> int:
         run.scratch[r[QUEUE_AT] + newest] = end
         run.scratch[r[QUEUE_AT] + r[DEPTH] + newest] = r[BATCH_ROWS]
         r[QUEUED] += 1
+        launching = max(launching, launching_nb(r))
+    g[CLOCK] += launching
     return rows
 
 
@@ -267,7 +269,7 @@ def turns_nb(run: Run, group: Group, halves: None, cache: Cache | None, place: i
                 lead[ERROR] = ERROR_STUCK
                 break
             rows = run_together_nb(run, group, g)
-            if rows > 0 and lead[QUEUED] < lead[DEPTH] and run.scratch[lead[QUEUE_AT] + lead[QUEUE_HEAD]] > g[CLOCK]:
+            if rows > 0 and lead[QUEUED] < lead[DEPTH]:
                 continue
         take_in_together_nb(run, cache, group, g)
         if run.control[PASSED] == 1:

@@ -429,6 +429,8 @@ def _set_up(replicas: I64, pool: EnginePool) -> None:
         kn.DEPTH: settings.depth(stages),
         kn.STAGES: stages,
         kn.SLEEP_NS: settings.scheduler.idle_sleep_ns,
+        kn.LAUNCH_NS: pool.laws[0].launch_ns if settings.scheduler.launches else 0,
+        kn.LAUNCHED_FREE: pool.laws[0].captured_tokens,
         kn.FREE: pool.blocks,
     }.items():
         replicas[:, column] = value

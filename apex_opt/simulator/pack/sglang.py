@@ -108,6 +108,7 @@ class SglangMemory(Memory):
             sg.G_MIXES: own.mixed_chunk and settings.chunked_prefill,
             sg.G_IGNORE_EOS: own.ignore_eos,
             sg.G_BEYOND: settings.beyond_page,
+            sg.G_EVERY: own.scheduler_recv_interval,
         }.items():
             self._own[place, column] = value
         ranked = pool.ranks is not None and pool.ranks.in_step

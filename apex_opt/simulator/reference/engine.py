@@ -45,6 +45,7 @@ class Engine:
         self.draft_tokens = pool.settings.speculation.draft_tokens if pool.settings.speculation else 0
         self.laws, self.pool_blocks = pool.laws, pool.blocks
         self.seats = pool.settings.max_num_seqs * pool.schedulers
+        self.launches = pool.settings.scheduler.launches
         self._sleep_ns = pool.settings.scheduler.idle_sleep_ns
         self.depth = pool.settings.depth(len(pool.laws))
         self.now = 0
@@ -122,11 +123,21 @@ class Engine:
         batch = self.scheduler.schedule()
         self.preemptions += len(batch.preempted)
         self.queue.append((self._run(batch), batch))
+        self.now += self.launching_ns(batch)
         return batch
 
+    def launching_ns(self, batch: Batch) -> int:
+        """How long the loop launches a batch and sees nothing else."""
+        if not self.launches:
+            return 0
+        return self.laws[0].launching_ns([(row.tokens, row.computed_after) for row in batch.rows])
+
     def may_form_another(self) -> bool:
-        """Whether there is room for a further batch in flight while the oldest runs."""
-        return len(self.queue) < self.depth and self.queue[0][0] > self.now
+        """Whether there is room for a further batch in flight while the oldest runs.
+
+        A loop that launches batches itself takes the oldest in after it has launched the next one, whenever that ended.
+        """
+        return len(self.queue) < self.depth and (self.launches or self.queue[0][0] > self.now)
 
     def take_in(self, *, executed: bool) -> list[Sequence]:
         """Wait for the oldest batch and take in its tokens; return who is answered.

@@ -198,7 +198,8 @@ class Instance(SglangEngine):
         self._later = [one for one in self._later if one[0] > now_ns]
         for _, _, what in seen:
             what()
-        while self.arrivals and self.arrivals[0].arrival_ns <= now_ns:
+        looks = self.looks()
+        while looks and self.arrivals and self.arrivals[0].arrival_ns <= now_ns:
             self.take(self.arrivals.popleft())
 
     def take(self, sequence: Sequence) -> None:
@@ -212,6 +213,7 @@ class PushingInstance(Instance):
 
     def __init__(self, pool: EnginePool, *, log: bool) -> None:
         super().__init__(pool, PushingScheduler, log=log)
+        self.every = 1  # a turn with prompts looks at once, one without takes no time
 
 
 class ReceivingInstance(Instance):
@@ -228,6 +230,8 @@ class ReceivingInstance(Instance):
 
     def turn(self, now_ns: int) -> list[Sequence]:
         answered = super().turn(now_ns)
+        if self.scheduler.began:
+            self.passed = self.every  # SGLang counts this as a batch of prompts
         if self._at_once:
             self.idle = False  # the loop goes round again, and finds what they gave back
         return [*self._at_once, *answered]

@@ -503,7 +503,8 @@ class SglangEngine(Engine):
     """SGLang's loops: the next batch is scheduled, then the oldest of those in flight is taken in, if there is one.
 
     As many turns as batches may be in flight lie between forming a batch and taking it in, those in which none could
-    be formed among them.
+    be formed among them. New requests are looked for every `scheduler_recv_interval` turns, at once after prompts; an
+    idle loop turns so fast that it sees them when they come. Source: `SchedulerRecvSkipper` of SGLang 0.5.23, read.
     """
 
     scheduler: SglangScheduler
@@ -512,20 +513,37 @@ class SglangEngine(Engine):
         super().__init__(pool, log=log, scheduler=scheduler)
         self.scheduler.spread(len(pool.laws))
         self.idle = True
+        own = pool.settings.scheduler
+        assert isinstance(own, SglangScheduling)
+        self.every = own.scheduler_recv_interval
+        self.passed = 0  # turns since the last look; `every` after one with prompts
 
     def next_ns(self) -> int | None:
         if not self.idle:
             return self.now
         return max(self.now, self.arrivals[0].arrival_ns) if self.arrivals else None
 
+    def receive(self, now_ns: int) -> None:
+        if self.looks():
+            super().receive(now_ns)
+        self.now = now_ns
+
+    def looks(self) -> bool:
+        """Whether new requests are looked for in this turn."""
+        if not self.idle and self.passed < self.every:
+            return False
+        self.passed = 0
+        return True
+
     def turn(self, now_ns: int) -> list[Sequence]:
         self.receive(now_ns)
         batch = self.launch()
+        self.passed = self.every if any(row.prompt for row in batch.rows) else self.passed + 1
         answered: list[Sequence] = []
         if len(self.queue) == self.depth:
             finish_ns, oldest = self.queue.popleft()
             if oldest.rows:
-                self.now = max(now_ns, finish_ns)
+                self.now = max(self.now, finish_ns)
                 answered = self.scheduler.update(oldest, self.now)
                 for sequence in answered:
                     sequence.answered_ns = self.now

@@ -58,6 +58,10 @@ class Together(Engine):
         """What the ranks run a forward as."""
         return agree(self.ranks.padding, parts, self.draft_tokens, self.ranks.splitting)
 
+    def launching_ns(self, batch: Batch) -> int:
+        assert isinstance(batch, RankedBatch)
+        return max(map(super().launching_ns, batch.parts))
+
     def _run(self, batch: Batch) -> int:
         assert isinstance(batch, RankedBatch)
         for rank, part in enumerate(batch.parts):
