@@ -64,7 +64,7 @@ def simulated(**given: Any) -> SimulateAsk:
         ({}, "vLLM 0.20 does not compute prompts and answers side by side"),
         ({"engine": "trtllm", "runnable": "any"}, "by the rules of vllm or sglang"),
         ({"engine": "sglang", "shares": "50/50"}, "no shares but those of its multiplexing"),
-        ({"engine": "sglang", "engine_settings": "scheduler_recv_interval=2"}, "scheduler_recv_interval is not simulated"),
+        ({"engine": "sglang", "engine_settings": "scheduler_recv_interval=2"}, "scheduler_recv_interval is not"),
         ({"runnable": "any", "shares": "pdmux"}, "multiplexing is SGLang's"),
         ({"runnable": "any", "shares": "50/50,50/50"}, "names one twice"),
         ({"runnable": "any", "serving": "aggregated", "shares": "50/50"}, "--shares is of phases side by side"),
