@@ -58,9 +58,9 @@ class Setup(Arguments):
         part (needs apex-opt[silicon]); or a folder as profile import and profile collect write it, used before those
         shipped.
     engine : Serving engine, for its scheduler, its own time, its kernels, its defaults and what it can run: vllm,
-        sglang, trtllm; vllm-0.6, vllm-0.12, sglang-0.5.9, sglang-eager, trtllm-1.0, trtllm-1.1, trtllm-1.2; or, for
-        comparison, orca (whole prompts, memory reserved for the whole answer) and static (a batch is answered before
-        the next one is formed); or the path of a file that calibrate wrote, which ends in .toml.
+        sglang, trtllm; vllm-0.6, vllm-0.12, sglang-0.5.9, sglang-0.5.9-drafts, sglang-eager, trtllm-1.0, trtllm-1.1,
+        trtllm-1.2; or, for comparison, orca (whole prompts, memory reserved for the whole answer) and static (a batch
+        is answered before the next one is formed); or the path of a file that calibrate wrote, which ends in .toml.
     runnable : Whose rules plans must keep to: those of vllm, sglang or trtllm, so that it can start them; or any, for
         plans that no engine need be able to run. By default those of --engine.
     engine_settings : Settings that only the engine has, such as long_prefill_token_threshold=512 of vllm; several with

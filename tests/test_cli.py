@@ -249,8 +249,8 @@ def test_no_commands_are_shown_where_none_are_asked_for_or_there_is_no_plan() ->
 def test_commands_are_those_of_the_engine_and_how_it_forms_batches_is_no_option_of_its_own() -> None:
     said = "--emit: expected true or false, got 'sglang'; it takes the engine of --engine"
     assert refused("plan", *CHEAP, "--emit=sglang") == refused("plan", *CHEAP, "--emit", "sglang") == said
-    others = "--engine=sglang, sglang-0.5.9, sglang-eager, trtllm, trtllm-1.0, trtllm-1.1, trtllm-1.2, vllm, "
-    others += "vllm-0.12, vllm-0.6"
+    others = "--engine=sglang, sglang-0.5.9, sglang-0.5.9-drafts, sglang-eager, trtllm, trtllm-1.0, trtllm-1.1, "
+    others += "trtllm-1.2, vllm, vllm-0.12, vllm-0.6"
     said = f"--emit: no command starts static; of these there are some: {others}"
     assert refused("plan", *CHEAP, "--engine=static", "--emit") == said
     others = "--engine=orca or --engine=static"

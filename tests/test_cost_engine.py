@@ -34,7 +34,16 @@ FIELDS = (
     "client_s",
     "client_token_s",
 )
-RELEASES = ("vllm-0.12", "vllm-0.6", "sglang-eager", "sglang-0.5.9", "trtllm-1.0", "trtllm-1.1", "trtllm-1.2")
+RELEASES = (
+    "vllm-0.12",
+    "vllm-0.6",
+    "sglang-eager",
+    "sglang-0.5.9",
+    "sglang-0.5.9-drafts",
+    "trtllm-1.0",
+    "trtllm-1.1",
+    "trtllm-1.2",
+)
 ENGINES = ("vllm", "sglang", "trtllm", *RELEASES, "orca", "static")
 
 

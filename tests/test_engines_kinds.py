@@ -21,7 +21,16 @@ H100, T4 = 80e9, 15 * GIB
 
 
 def test_there_is_a_kind_for_every_scheduler_and_every_release() -> None:
-    releases = {"vllm-0.12", "vllm-0.6", "sglang-eager", "sglang-0.5.9", "trtllm-1.0", "trtllm-1.1", "trtllm-1.2"}
+    releases = {
+        "vllm-0.12",
+        "vllm-0.6",
+        "sglang-eager",
+        "sglang-0.5.9",
+        "sglang-0.5.9-drafts",
+        "trtllm-1.0",
+        "trtllm-1.1",
+        "trtllm-1.2",
+    }
     assert set(kind_names()) == {"vllm", "sglang", "trtllm", "orca", "static"} | releases
     assert {load_kind(name).scheduler for name in SCHEDULINGS} == set(SCHEDULINGS.values())
     for name in SCHEDULINGS:

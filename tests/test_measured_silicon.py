@@ -157,7 +157,7 @@ def test_the_rows_at_hand_are_so_many_measurements(shared: Path) -> None:
     assert {engine: drafting.count(engine) for engine in drafting} == {
         "trtllm-1.1": 31,
         "trtllm-1.2": 47,
-        "sglang-0.5.9": 45,
+        "sglang-0.5.9-drafts": 45,
     }
     sides = [run.judged for run in runs if isinstance(run, MeasuredRun)]
     assert 0.3 < sum(sides) / len(sides) < 0.7

@@ -179,8 +179,8 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
         ({"slo": "tpot_p95<=1ms,tpot_p95<=2ms"}, "limited twice"),
         (
             {"engine": "zzz"},
-            "unknown engine 'zzz'; known: orca, sglang, sglang-0.5.9, sglang-eager, static, trtllm, trtllm-1.0, "
-            "trtllm-1.1, trtllm-1.2, vllm, vllm-0.12, vllm-0.6",
+            "unknown engine 'zzz'; known: orca, sglang, sglang-0.5.9, sglang-0.5.9-drafts, sglang-eager, static, "
+            "trtllm, trtllm-1.0, trtllm-1.1, trtllm-1.2, vllm, vllm-0.12, vllm-0.6",
         ),
         (
             {"engine": "orca", "emit": True},

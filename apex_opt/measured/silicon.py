@@ -183,7 +183,7 @@ def _measured(row: Row, cell: dict[str, str], name: str, facts: Facts, said: Asi
         raise _Odd("GPU not in the catalogue", f"system {cell['system']!r:.40}")
     weights = _weights(cell, model)
     kv = kv_format(family, weights)
-    kind = kind_of(backend, cell.get("backend_version", ""), family)
+    kind = kind_of(backend, cell.get("backend_version", ""), family, drafts=drafter is not None)
     how = started(family, kind, cluster, load)
     plan = f"{degrees.plan(model.is_moe)} {weights}"
     settings, taken = how.settings, _assumptions(how, kv, drawn, family)
@@ -245,7 +245,7 @@ def _assumptions(how: Started, kv: str, drawn: bool, family: Family | None) -> t
     )
 
 
-def kind_of(backend: str, version: str, family: Family | None = None) -> str:
+def kind_of(backend: str, version: str, family: Family | None = None, *, drafts: bool = False) -> str:
     """The engine kind of a release; of rows that name none the one of the image, or of the days, of their family.
 
     Parameters
@@ -253,6 +253,7 @@ def kind_of(backend: str, version: str, family: Family | None = None) -> str:
     backend : str     as rows name engines
     version : str     of the engine; blank says nothing
     family : Family or None
+    drafts : bool     whether it verifies some
     """
     image = "" if family is None else family.text("image")
     release = _RELEASE.match(version) or _IN_IMAGE.search(image)
@@ -260,7 +261,7 @@ def kind_of(backend: str, version: str, family: Family | None = None) -> str:
     if backend == "trtllm" and numbers[:2] in _OLD_TRTLLM:
         return f"trtllm-{numbers[0]}.{numbers[1]}"
     if backend == "sglang" and () < numbers <= _SLOW_EXPERTS:
-        return "sglang-0.5.9"
+        return "sglang-0.5.9-drafts" if drafts else "sglang-0.5.9"
     if backend != "vllm":
         return backend
     if numbers:
