@@ -146,8 +146,8 @@ def test_a_request_alone_takes_what_its_prompt_its_hand_over_and_its_answer_take
 def test_prompts_wait_for_those_who_answer_to_look_for_requests(tmp_path: Path) -> None:
     run = replace(one(tmp_path), trace=closed_loop(12, 64, 200, 2, True))
     at_once, rarely = predicted(often(run)), predicted(run)
-    # Two instances answer twelve clients: either is busy most of the time, and half of ten batches passes or less.
-    assert at_once["tpot_mean"] < rarely["ttft_mean"] - at_once["ttft_mean"] < 9 * at_once["tpot_mean"]
+    # Nine batches at most, and fewer in the mean: whoever begins to be answered makes its instance look at once.
+    assert 0 < rarely["ttft_mean"] - at_once["ttft_mean"] < 9 * at_once["tpot_mean"]
 
 
 def test_pools_are_a_half_of_their_own_on_the_board(tmp_path: Path) -> None:
