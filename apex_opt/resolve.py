@@ -112,11 +112,11 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
         *_about_images(model),
         *_about_engines(ask, kind, model),
         *_about_chunks(ask, kind),
-        *_about_blocks(ask, kind),
+        *_about_blocks(ask, kind, model, [cluster.gpu for cluster in clusters]),
         *about_pushing(kind, serving),
         *assumed_network(ask.cluster),
     )
-    settings, limits = _settings(ask, kind, model, trace, min(cluster.gpu.memory_bytes for cluster in clusters))
+    settings, limits = _settings(ask, kind, model, trace, [cluster.gpu for cluster in clusters])
     if "pools" in serving and isinstance(settings.scheduler, VllmScheduling) and not settings.scheduler.idle_sleep_ns:
         raise UsageError(
             f"--serving=pools: instances that wait for reads sleep in between, and {kind.name} has idle_sleep_us=0 "
@@ -300,9 +300,17 @@ _USUAL_BLOCK: Final = 16
 """Tokens of a block whose multiples the usual attention of vLLM takes."""
 
 
-def _about_blocks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
+def _about_blocks(ask: Ask, kind: EngineKind, model: Model, gpus: Sequence[Gpu]) -> tuple[str, ...]:
     """That blocks of unusual sizes are computed by another kernel than the one whose times are known."""
-    if ask.block_size is None or ask.block_size % _USUAL_BLOCK == 0 or not issubclass(kind.scheduler, VllmScheduling):
+    if ask.block_size is None or not issubclass(kind.scheduler, VllmScheduling):
+        return ()
+    fast = 1 if (rules := _rules(ask, kind)) is None else rules.kernel_block(model, _runs(ask, model, gpus))
+    if ask.block_size % fast:
+        return (
+            f"--block_size={ask.block_size}: the fastest kernels of latent attention there take multiples of {fast} "
+            "tokens; of others vLLM falls back to Triton's, which are slower than the times here",
+        )
+    if ask.block_size % _USUAL_BLOCK == 0:
         return ()
     return (
         f"--block_size={ask.block_size}: vLLM's usual attention takes multiples of {_USUAL_BLOCK} tokens; of others it "
@@ -315,17 +323,17 @@ _SPLITTING: Final = ("chunked_prefill", "prefix_caching")
 
 
 def _settings(
-    ask: Ask, kind: EngineKind, model: Model, trace: Trace, memory_bytes: float
+    ask: Ask, kind: EngineKind, model: Model, trace: Trace, gpus: Sequence[Gpu]
 ) -> tuple[EngineSettings, list[tuple[int, int]]]:
     """Settings of the engine, the widest limits of a batch among them, and the limits to choose from.
 
     Parameters
     ----------
     ask, kind, model, trace
-    memory_bytes : float    of the smallest GPU
+    gpus : sequence of Gpu    those that there are
     """
     asked = {name: getattr(ask, name) for name in COMMON if getattr(ask, name) is not None}
-    common, scheduler = kind.common(memory_bytes) | asked, kind.scheduling(ask.engine_settings)
+    common, scheduler = kind.common(min(gpu.memory_bytes for gpu in gpus)) | asked, kind.scheduling(ask.engine_settings)
     if model.sees_whole_prompts:
         for name in _SPLITTING:
             if asked.get(name):
@@ -358,7 +366,7 @@ def _settings(
         scheduler = replace(scheduler, drafting_seats=0)
     runnable = _rules(ask, kind)
     if runnable is not None and "block_size" not in asked:
-        common["block_size"] = runnable.block_size(model, common["block_size"])
+        common["block_size"] = runnable.block_size(model, common["block_size"], _runs(ask, model, gpus))
     limits = _batch_limits(common.pop("max_num_seqs"), common.pop("max_num_batched_tokens"), least)
     _check_own(limits[0], asked, kind)
     settings = EngineSettings(
@@ -540,6 +548,11 @@ def _expanded(names: tuple[str, ...], gpu: Gpu) -> Iterator[str]:
                     f"{gpu.name} has no {form.hardware_dtype} arithmetic: weights in {form.name} are expanded to "
                     f"{gpu.half_dtype}, and cost as {used.name}"
                 )
+
+
+def _runs(ask: Ask, model: Model, gpus: Sequence[Gpu]) -> set[tuple[float | None, str]]:
+    """The compute capabilities and formats of a KV cache that a question offers."""
+    return {(gpu.capability, kv) for gpu in gpus for kv in _formats(ask, model, gpu)[1]}
 
 
 def _formats(ask: Ask, model: Model, gpu: Gpu) -> tuple[tuple[str, ...], tuple[str, ...]]:

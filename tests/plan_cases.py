@@ -315,7 +315,7 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
         dense_per_copy=often(),
         whole_shared=frozenset({"odd"}) if seldom() else frozenset(),
         formats=ranges,
-        caches={"fp8": (9.5, inf)} if often(0.1) else {},
+        attention={"fp8": (9.5, inf)} if often(0.1) else {},
         methods={"gptq": (9.5, inf)} if often(0.2) else {},
         whole_scales=often(0.7),
         least_group=pick(0, 16, 32),
@@ -332,9 +332,10 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
     )
     # Without a draw of its own, which would make another problem of every seed.
     odd = rules.whole_kv_heads
-    whole = {"whole_models": rules.whole_towers, "whole_when_tied": odd, "whole_experts": odd}
+    whole = {"whole_models": rules.whole_towers, "whole_when_tied": odd, "whole_experts": odd, "no_half": odd}
     whole |= {"sound_shards": rules.whole_towers, "whole_vocabulary": odd}
-    return replace(rules, embedding_on_every_stage=odd, **whole)
+    attention = {**rules.attention, "latent": (9.5, inf)} if rules.block_powers else rules.attention
+    return replace(rules, embedding_on_every_stage=odd, attention=attention, **whole)
 
 
 def published(rng: np.random.Generator, model: Model, formats: Sequence[str]) -> Model:

@@ -126,8 +126,9 @@ def asked(row: Row) -> Asked:
     if min(tp, pp, dp) < 1 or tp * pp * dp > 8 * nodes or (tp * pp * dp) % nodes:
         raise UnsaidError("nodes")  # plans are placed by us
     try:
-        settings = _settings(given, model)
-        return Asked(model, _plan(env, given, model, tp, pp, dp), settings, GPUS[row["capability"]])
+        plan = _plan(env, given, model, tp, pp, dp)
+        settings = _settings(given, model, float(row["capability"]), plan.kv_format)
+        return Asked(model, plan, settings, GPUS[row["capability"]])
     except ApexError as error:
         raise UnsaidError(str(error)) from None
 
@@ -188,13 +189,13 @@ def _layers(env: dict[str, str], model: Model, stages: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _settings(given: dict[str, str], model: Model) -> EngineSettings:
+def _settings(given: dict[str, str], model: Model, capability: float, kv: str) -> EngineSettings:
     length = given.get("--max-model-len")
     fields: dict[str, Any] = {
         "max_num_seqs": int(given.get("--max-num-seqs", 1024)),
         "max_num_batched_tokens": int(given.get("--max-num-batched-tokens", 8192)),
         "max_model_len": int(length) if length not in (None, "-1", "auto") else model.max_position,
-        "block_size": int(given.get("--block-size", VLLM.block_size(model, 16))),
+        "block_size": int(given.get("--block-size") or VLLM.block_size(model, 16, {(capability, kv)})),
         "gpu_memory_utilization": float(given.get("--gpu-memory-utilization", 0.9)),
         "chunked_prefill": "--no-enable-chunked-prefill" not in given,
         "runnable": VLLM,
@@ -207,8 +208,10 @@ def _settings(given: dict[str, str], model: Model) -> EngineSettings:
 def of_family(row: Row) -> Asked:
     """What a row of `FAMILIES` asks for: a plan of a configuration of the cases, for requests of 4,096 tokens."""
     model = load_model(str(HERE / "cases" / "models" / f"{row['model']}.json"))
-    settings = _settings({"--max-model-len": str(min(4096, model.max_position))}, model)
-    return Asked(model, parse_plan(row["plan"], model), settings, GPUS[row["capability"]])
+    plan = parse_plan(row["plan"], model)
+    length = {"--max-model-len": str(min(4096, model.max_position))}
+    settings = _settings(length, model, float(row["capability"]), plan.kv_format)
+    return Asked(model, plan, settings, GPUS[row["capability"]])
 
 
 def free_bytes(row: Row) -> float:

@@ -16,8 +16,9 @@ TEXT = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
 WORDS = {
     "cuda_only": "GPUs with CUDA alone",
     "formats": "weight formats, from which compute capability on",
-    "caches": "formats of the KV cache",
+    "attention": "kinds of attention, and of its cache",
     "methods": "methods of quantisation that need more than their format",
+    "no_half": "families that are not computed in fp16",
     "made_on_load": "weights made of 16 bits while they are loaded",
     "ffn_copies": "copies of the FFN in a stage",
     "dense_attention_copies": "attention copies before a dense FFN",
@@ -45,6 +46,7 @@ WORDS = {
     "tower_shards": "attention shards divide the heads of an image tower",
     "whole_towers": "families whose image tower is whole where its heads do not divide",
     "block_multiples": "multiples of tokens in a KV block",
+    "kernel_blocks": "tokens in a KV block of the fastest kernels, by compute capability and cache",
     "block_powers": "tokens in a KV block are a power of two",
     "multiplexes": "prompts and answers side by side on divisions of a GPU",
     "overlaps": "families whose forwards are split into two halves that hide each other's sending",
@@ -71,6 +73,10 @@ def said(value: object) -> str:
         if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], float):
             least, below = entry
             parts.append(f"{name} {least:g}" + ("" if below == inf else f" to below {below:g}"))
+        elif isinstance(entry, tuple) and isinstance(entry[0][2], str):
+            for least, below, cache, tokens in entry:
+                where = f"{least:g} to below {below:g}" + (f" with a cache in {cache}" if cache else "")
+                parts.append(f"{name or 'any'} {tokens} on {where}")
         elif isinstance(entry, tuple):
             sizes = "; ".join(f"{hidden} and {columns} from {least:g}" for least, _, hidden, columns in entry)
             parts.append(f"{name} to multiples of {sizes}")

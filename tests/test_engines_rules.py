@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 from plan_cases import SMALL, dense, make_gpu, make_model, sparse
 
+from apex_opt.cluster import load_cluster
 from apex_opt.engines import ANY, ENGINES, VLLM, EngineRules, Held, load_rules
+from apex_opt.engines.sglang import SGLANG
 from apex_opt.errors import UnknownNameError
 from apex_opt.ir import load_model
 from apex_opt.ir.formats import FORMATS
+from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.plan import parse_plan
+from apex_opt.plans.refusals import refusals
 
 MODELS = Path(__file__).parent / "cases" / "models"
 BARE = EngineRules(name="bare", release="Bare 1", formats={}, sources={})
@@ -34,7 +38,7 @@ def test_every_rule_that_an_engine_has_names_its_source(rules: EngineRules) -> N
 def test_formats_are_known_ones_in_ranges_that_hold_something(rules: EngineRules) -> None:
     assert set(rules.formats) <= set(FORMATS)
     assert set(rules.padded_experts) <= set(FORMATS)
-    for least, below in (*rules.formats.values(), *rules.caches.values(), *rules.methods.values()):
+    for least, below in (*rules.formats.values(), *rules.attention.values(), *rules.methods.values()):
         assert least < below
 
 
@@ -92,6 +96,35 @@ def test_vocabularies_and_embeddings_of_layers_are_cut_as_vllm_cuts_them() -> No
     tables = 2 * 262_144 * 30 * 256  # an embedding of 256 for each of 30 layers
     gemma = load_model(str(MODELS / "gemma-3n-e2b.json"))
     assert gemma.before_bytes(1) - gemma.before_bytes(2) == tables // 2
+
+
+@pytest.mark.parametrize(
+    ("rules", "name", "runs", "tokens"),
+    [
+        (VLLM, "deepseek-v3", {(10.0, "bf16")}, 32),
+        (VLLM, "deepseek-v3", {(9.0, "bf16")}, 16),
+        (VLLM, "deepseek-v3", {(9.0, "fp8")}, 64),
+        (VLLM, "deepseek-v3", {(9.0, "fp8"), (10.0, "bf16")}, 64),
+        (VLLM, "deepseek-v3.2", {(10.0, "bf16")}, 64),
+        (VLLM, "llama-3.1-8b", {(10.0, "bf16")}, 16),
+        (SGLANG, "llama-3.1-8b", {(10.0, "bf16")}, 64),
+        (SGLANG, "llama-3.1-8b", {(9.0, "bf16")}, 1),
+    ],
+)
+def test_blocks_are_those_of_the_fastest_kernels(
+    rules: EngineRules, name: str, runs: set[tuple[float | None, str]], tokens: int
+) -> None:
+    """Those of vLLM as it finds them by itself, on pretended GPUs."""
+    assert rules.block_size(load_model(name), 1 if rules is SGLANG else 16, runs) == tokens
+
+
+def test_attention_to_chosen_tokens_has_kernels_on_hopper_and_blackwell_alone() -> None:
+    model = load_model("deepseek-v3.2")
+    plan = parse_plan("tp8", model)
+    for name, runs in {"l40s-48gb": False, "a100-sxm-80gb": False, "h200-sxm-141gb": True}.items():
+        cluster = load_cluster(f"8x{name}")
+        found = list(refusals(VLLM, model, cluster, plan, EngineSettings(block_size=64)))
+        assert any("latent attention to chosen tokens" in text for text in found) == (not runs), (name, found)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from apex_opt.units import GIB
 from formulations.plan_space import PlanSpace
 
 FULL = KvGroup(kind="full", block_size=16)
+CASES = Path(__file__).parent / "cases" / "models"
 
 
 def test_gpt_oss_has_as_many_blocks_in_20_gib_as_vllm_says() -> None:
@@ -44,6 +46,20 @@ def test_blocks_are_enlarged_to_a_state_as_vllm_logs_it(tp: int, tokens: int) ->
     assert allotted(model, plan, EngineSettings()).block_bytes(0, 48) == 12 * page
     held = settings.most_blocks(np.array([1, tokens, tokens + 1, 100_000]))
     assert held.tolist() == [3 + 1, 3 + 1, 3 + 2, 3 + -(-100_000 // tokens)]
+
+
+@pytest.mark.parametrize(
+    ("tp", "kv", "asked", "tokens"),
+    [
+        *((2, "bf16", 16, 944), (2, "bf16", 32, 960), (2, "bf16", 64, 960), (2, "fp8", 16, 1888), (2, "fp8", 64, 1920)),
+        *((4, "bf16", 16, 480), (4, "bf16", 64, 512), (4, "fp8", 16, 944), (4, "fp8", 64, 960)),
+    ],
+)
+def test_enlarged_blocks_hold_a_multiple_of_those_asked_for(tp: int, kv: str, asked: int, tokens: int) -> None:
+    """Kimi-Linear-48B-A3B: sizes as vLLM 0.20.2 finds them, 32 by itself on a B200 and 64 on an H100 with fp8."""
+    model = load_model(str(CASES / "kimi-linear-48b-a3b.json"))
+    plan = parse_plan(f"tp{tp} kv={kv}", model)
+    assert allotted(model, plan, EngineSettings(block_size=asked)).block_size == tokens
 
 
 def test_with_prefix_caching_the_last_state_is_kept_beside_the_running_one() -> None:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from apex_opt.cluster.types import Gpu
     from apex_opt.ir.model import Model
@@ -44,9 +44,11 @@ class EngineRules:
     whole_shared : set              families whose shared experts are whole on every GPU where experts are cut by ep and
                                     attention has copies: each GPU then takes a part of the tokens of its copy; of
                                     engines whose copies hold dense FFNs
-    formats, caches : mapping       formats of weights and of the KV cache, each with the compute capabilities it runs
-                                    on: from, below; caches that are not listed run on all
+    formats : mapping               formats of weights, each with the compute capabilities it runs on: from, below
+    attention : mapping             the same by a trait of attention ("latent", "sparse", "compressed", "sinks") and for
+                                    a cache in "fp8"; those that are not listed run on all
     methods : mapping               methods of quantisation of a checkpoint that need another range than their format
+    no_half : set                   families that are not computed in fp16
     made_on_load : set              weight formats that the engine makes of 16-bit weights while it loads them
     whole_scales : bool             a shard of a quantised matrix holds whole groups and blocks of scales
     least_group : int               groups of experts may be halved down to so many weights to fit a shard
@@ -68,6 +70,9 @@ class EngineRules:
     whole_towers : set              families whose tower is whole on every GPU instead where its heads do not divide
     block_multiples : mapping       tokens that a KV block must be a multiple of, by a trait of attention ("latent",
                                     "sparse", "compressed", "sinks") and for a cache in "fp8"
+    kernel_blocks : mapping         tokens of a KV block that the fastest kernels take, by a trait of attention ("" is
+                                    any): from and below which compute capability, for which format of the cache ("" is
+                                    any), how many; with others the engine takes slower kernels
     block_powers : bool             tokens of a KV block are a power of two
     multiplexes : bool              prompts and answers are computed side by side on divisions of a GPU, which it
                                     chooses or is given
@@ -96,8 +101,9 @@ class EngineRules:
     dense_per_copy: bool = False
     whole_shared: frozenset[str] = frozenset()
     formats: Mapping[str, tuple[float, float]]
-    caches: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
+    attention: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
     methods: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
+    no_half: frozenset[str] = frozenset()
     made_on_load: frozenset[str] = frozenset()
     whole_scales: bool = True
     least_group: int = 0
@@ -116,6 +122,9 @@ class EngineRules:
     tower_shards: bool = False
     whole_towers: frozenset[str] = frozenset()
     block_multiples: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    kernel_blocks: Mapping[str, tuple[tuple[float, float, str, int], ...]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
     block_powers: bool = False
     multiplexes: bool = False
     overlaps: frozenset[str] | None = frozenset()
@@ -127,9 +136,34 @@ class EngineRules:
     rotary_table: bool = False
     sources: Mapping[str, str]
 
-    def block_size(self, model: Model, usual: int) -> int:
-        """Tokens of a KV block that the engine takes where none are asked for, by those that are usual."""
-        return lcm(usual, *(multiple for trait, multiple in self.block_multiples.items() if trait in model.traits))
+    def block_size(self, model: Model, usual: int, runs: Collection[tuple[float | None, str]]) -> int:
+        """Tokens of a KV block that the engine takes where none are asked for.
+
+        Parameters
+        ----------
+        model
+        usual : int    where nothing speaks against it
+        runs : collection of (float or None, str)
+            what it may run on: the compute capability of a GPU and the format of its cache
+        """
+        multiples = (multiple for trait, multiple in self.block_multiples.items() if trait in model.traits)
+        return lcm(usual, self.kernel_block(model, runs), *multiples)
+
+    def kernel_block(self, model: Model, runs: Collection[tuple[float | None, str]]) -> int:
+        """Tokens that the blocks of the fastest kernels hold a multiple of, one where these take any.
+
+        Parameters
+        ----------
+        model, runs : as of `block_size`
+        """
+        kinds = (kind for trait, kinds in self.kernel_blocks.items() if trait in {"", *model.traits} for kind in kinds)
+        return lcm(
+            *(
+                tokens
+                for least, below, cache, tokens in kinds
+                if any(has is not None and least <= has < below and cache in ("", kv) for has, kv in runs)
+            )
+        )
 
     def lacking(self, family: str) -> str:
         """That the engine has no class of its own for models of a family; empty where it has, or that is not known."""

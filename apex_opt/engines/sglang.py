@@ -37,10 +37,12 @@ SGLANG: Final = EngineRules(
         }
     ),
     methods=MappingProxyType({"modelopt": (8.9, inf)}),
+    attention=MappingProxyType({"sparse": (9.0, inf), "compressed": (9.0, inf)}),
     made_on_load=frozenset({"fp8"}),
     least_group=32,
     vocab_multiple=64,
     block_multiples=MappingProxyType({"sparse": 64}),
+    kernel_blocks=MappingProxyType({"": ((10.0, 11.0, "", 64),)}),
     multiplexes=True,
     overlaps=frozenset({"deepseek_v2", "deepseek_v3", "qwen3_moe"}),
     split_formats=frozenset({"bf16", "fp8"}),
@@ -57,6 +59,7 @@ SGLANG: Final = EngineRules(
             "copied_drafts": "srt/arg_groups/speculative_hook.py: n-grams and draft models go without dp attention",
             "formats": "get_min_capability of srt/layers/quantization/*",
             "methods": "srt/layers/quantization/modelopt_quant.py: ModelOptFp8Config",
+            "attention": "srt/layers/attention/dsa/dsa_indexer.py: DeepGEMM's scores, which are from 9.0 on",
             "made_on_load": "srt/layers/quantization/fp8.py: weights that are not serialised in fp8",
             "whole_scales": "srt/layers/quantization/{fp8,fp8_utils,marlin_utils}.py",
             "least_group": "srt/layers/quantization/moe_wna16.py",
@@ -67,6 +70,7 @@ SGLANG: Final = EngineRules(
             "computes prompts with the kernels for low latency, too (arg_groups/moe_hook.py), which is not modelled",
             "split_seqs": "srt/layers/moe/token_dispatcher/deepep.py: num_max_dispatch_tokens_per_rank <= 1024",
             "whole_methods": "srt/layers/moe/ep_moe/layer.py: of quantised experts those of Fp8Config alone",
+            "kernel_blocks": "srt/arg_groups/overrides.py: pages of the default kernels of TensorRT-LLM",
             "multiplexes": "srt/multiplex: --enable-pdmux, without pipelines, chunks, overlap and hand-overs",
         }
     ),

@@ -30,7 +30,7 @@ TRTLLM: Final = EngineRules(
             "nvfp4": (10.0, inf),
         }
     ),
-    caches=MappingProxyType({"fp8": (8.9, inf)}),
+    attention=MappingProxyType({"fp8": (8.9, inf)}),
     block_powers=True,
     sources=MappingProxyType(
         {
@@ -41,7 +41,7 @@ TRTLLM: Final = EngineRules(
             "experts_by_both": "docs, features/parallel-strategy: moe_tensor_parallel_size x moe_expert_parallel_size",
             "dense_per_copy": "_torch/models/modeling_deepseekv3.py: dense and shared FFNs whole under attention_dp",
             "formats": "docs, features/quantization: hardware support matrix",
-            "caches": "docs, features/quantization: hardware support matrix, FP8 KV cache",
+            "attention": "docs, features/quantization: hardware support matrix, FP8 KV cache",
             "made_on_load": "docs, features/quantization: checkpoints are quantised before",
             "whole_scales": "_torch/modules/linear.py, fused_moe: shards of scales are slices of whole blocks; assumed",
             "block_powers": "docs, features/kvcache: tokens_per_block is a power of two",

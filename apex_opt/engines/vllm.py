@@ -41,6 +41,8 @@ VLLM: Final = EngineRules(
     methods=MappingProxyType(
         {"modelopt": (8.9, inf), "modelopt_mixed": (8.9, inf), "fbgemm_fp8": (8.0, inf), "awq": (7.5, inf)}
     ),
+    attention=MappingProxyType({"sparse": (9.0, 11.0), "compressed": (9.0, 11.0)}),
+    no_half=frozenset({"gemma2", "gemma3", "gemma3_text", "plamo2", "glm4"}),
     made_on_load=frozenset({"fp8"}),
     least_group=32,
     padded_experts=MappingProxyType({"mxfp4": ((8.0, 9.0, 256, 128), (9.0, 10.0, 1, 64), (10.0, inf, 256, 256))}),
@@ -49,7 +51,7 @@ VLLM: Final = EngineRules(
         (
             *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "qwen3_next", "nemotron_h", "bamba", "chatglm"),
             *("falcon", "falcon_mamba", "flex_olmo", "gptj", "gpt_neox", "olmo", "olmo2", "olmo3", "olmoe", "phi"),
-            *("stablelm", "starcoder2"),
+            *("stablelm", "starcoder2", "dbrx"),
         )
     ),
     embedding_on_every_stage=frozenset({"qwen3_5_text", "qwen3_5_moe_text"}),
@@ -78,7 +80,7 @@ VLLM: Final = EngineRules(
             *("jina_embeddings_v3", "codegen", "helium", "nanochat", "phi3small", "phi4_multimodal", "ministral"),
             *("vaultgemma", "solar_open", "lfm3", "mistral4", "apertus1p5_text", "gemma4_unified_text", "laguna"),
             *("mellum", "kolibri1", "flint", "muse_glimmer_text", "cohere2_moe", "granite_swa", "granitemoe_swa"),
-            *("granite_docling_text", "minimax_m3", "minimax_m3_vl_text", "mimo_v2"),
+            *("granite_docling_text", "minimax_m3", "minimax_m3_vl_text", "mimo_v2", "youtu", "step3p7"),
         )
     ),
     brought_code=frozenset(
@@ -95,6 +97,7 @@ VLLM: Final = EngineRules(
     tower_shards=True,
     whole_towers=frozenset({"kimi_linear"}),
     block_multiples=MappingProxyType({"latent": 16, "sparse": 64, "compressed": 256, "sinks": 16, "fp8": 16}),
+    kernel_blocks=MappingProxyType({"latent": ((9.0, 10.0, "fp8", 64), (10.0, 11.0, "", 32))}),
     overlaps=None,
     split_formats=frozenset(
         {"bf16", "fp16", "fp8", "w8a8", "w4a16", "w4a16g64", "w4a16g32", "mxfp4", "mxfp8", "nvfp4"}
@@ -112,6 +115,8 @@ VLLM: Final = EngineRules(
             "whole_shared": "models/{deepseek_v2,AXK1,llama4,nemotron_h,qwen3_next}.py: use_sequence_parallel_moe",
             "formats": "get_min_capability of layers/quantization/*, csrc/quantization/w8a8 (no int8 from 10.0 on)",
             "methods": "get_min_capability of layers/quantization/{modelopt,fbgemm_fp8,awq}.py",
+            "attention": "v1/attention/backends/mla/*_sparse.py: supports_compute_capability; recorded verdicts",
+            "no_half": "config/model.py: _FLOAT16_NOT_SUPPORTED_MODELS",
             "made_on_load": "layers/quantization/fp8.py: Fp8OnlineLinearMethod",
             "whole_scales": "layers/quantization/utils/fp8_utils.py: validate_fp8_block_shape; fp8.py, awq.py, gptq.py",
             "least_group": "layers/quantization/moe_wna16.py: groups are halved while they do not divide, down to 32",
@@ -128,6 +133,7 @@ VLLM: Final = EngineRules(
             "tower_shards": "models/*: heads of the vision tower are divided by the tensor-parallel size",
             "whole_towers": "vLLM 0.33, which has Kimi-K3: models/vision.py: is_vit_use_data_parallel",
             "block_multiples": "v1/attention/backends/*: get_supported_kernel_block_sizes; recorded verdicts",
+            "kernel_blocks": "platforms/cuda.py: _get_backend_priorities; recorded sizes of blocks",
             "overlaps": "config/vllm.py: use_ubatching takes an all2all backend of DeepEP, whatever the model",
             "split_formats": "layers/fused_moe: _supports_parallel_config; WNA16 experts are split with 4 bits alone",
             "whole_methods": "layers/quantization/awq_marlin.py: select_gemm_impl raises without LoRA",

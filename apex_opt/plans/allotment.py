@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from apex_opt.plans.speculation import Drafter
 
 KERNEL_TOKENS: Final = 16
-"""Blocks that are enlarged hold a multiple of so many tokens."""
-LATENT_KERNEL_TOKENS: Final = 64
-"""The same where attention is latent: FlashMLA reads blocks of 64."""
+"""Blocks that are enlarged hold a multiple of so many tokens, and of those that were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,13 +135,7 @@ def _allotted(model: Model, drafter: Drafter | None, tp: int, kv_format: str, te
             states_before=(0, *accumulate(states)) if any(states) else (),
         )
     whole = [entry for cell in cells for entry in cell.cache() if not isinstance(entry, State)]
-    latent = any("latent" in cell.traits for cell in cells)
-    return _in_groups(
-        kept,
-        terms,
-        multiple=LATENT_KERNEL_TOKENS if latent else KERNEL_TOKENS,
-        as_full=terms.hands_over or any(entry.chunked for entry in whole),
-    )
+    return _in_groups(kept, terms, as_full=terms.hands_over or any(entry.chunked for entry in whole))
 
 
 def _entries(cell: AttentionCell, tp: int, kv_bytes: int, drafts: int, terms: Terms) -> list[KvLayer]:
@@ -172,18 +164,17 @@ def _entries(cell: AttentionCell, tp: int, kv_bytes: int, drafts: int, terms: Te
     return found
 
 
-def _in_groups(kept: Sequence[Sequence[KvLayer]], terms: Terms, *, multiple: int, as_full: bool) -> Allotment:
+def _in_groups(kept: Sequence[Sequence[KvLayer]], terms: Terms, *, as_full: bool) -> Allotment:
     """What the layers keep, put into groups over one pool.
 
     Parameters
     ----------
     kept : of each layer in turn
     terms : Terms
-    multiple : int    of tokens that an enlarged block holds
     as_full : bool    whether windows are kept as if every layer saw all tokens: where some layer sees chunks of the
                       context, and where a connector hands blocks over
     """
-    block_size = _enlarged([entry for its in kept for entry in its], terms.block_size, multiple)
+    block_size = _enlarged([entry for its in kept for entry in its], terms.block_size)
     entries = [_resized(entry, block_size, terms) for its in kept for entry in its]
     nothing = Allotment(groups=(), block_size=block_size, page_bytes=0, before=((0,) * (len(kept) + 1),))
     if not entries:
@@ -224,19 +215,19 @@ def _in_groups(kept: Sequence[Sequence[KvLayer]], terms: Terms, *, multiple: int
     )
 
 
-def _enlarged(entries: Sequence[KvLayer], block_size: int, multiple: int) -> int:
+def _enlarged(entries: Sequence[KvLayer], block_size: int) -> int:
     """Tokens of a block of attention: of as many bytes as the largest state at least.
 
     Parameters
     ----------
     entries : sequence of KvLayer
     block_size : int    tokens that are asked for
-    multiple : int      of tokens that an enlarged block holds
     """
     states = [entry.page_bytes for entry in entries if entry.kind == "state"]
     tokens = [entry.page_bytes // entry.block_size for entry in entries if entry.kind != "state"]
     if not states or not tokens:
         return block_size
+    multiple = max(KERNEL_TOKENS, block_size)
     return max(block_size, multiple * ceil_div(max(states), multiple * max(tokens)))
 
 

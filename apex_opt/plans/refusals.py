@@ -29,7 +29,7 @@ _NAMES: Final = {
     "sinks": "attention with sinks",
     "fp8": "a KV cache in fp8",
 }
-"""Kinds of attention and of caches that blocks are asked for."""
+"""Kinds of attention and of caches that engines ask something for."""
 
 
 def refusals(rules: EngineRules, model: Model, cluster: Cluster, plan: Plan, settings: EngineSettings) -> Iterator[str]:
@@ -138,8 +138,10 @@ def _formats(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan) -> Iterator
     ranges = [(name, rules.formats.get(name, (inf, inf))) for name in names]
     if published is not None and published.method in rules.methods:
         ranges.append((f"{published.method} checkpoints", rules.methods[published.method]))
-    if plan.kv_format in rules.caches:
-        ranges.append((f"a KV cache in {plan.kv_format}", rules.caches[plan.kv_format]))
+    kinds = model.traits | {plan.kv_format}
+    ranges += [(_NAMES[kind], span) for kind, span in rules.attention.items() if kind in kinds]
+    if wanted.name == "fp16" and model.family in rules.no_half:
+        yield f"fp16: {rules.release} does not compute {model.family} models in it"
     for what, (least, below) in ranges:
         if least == inf:
             yield f"{what}: {rules.release} has no such format"

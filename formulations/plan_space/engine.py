@@ -139,8 +139,12 @@ class Runs:
         if rules.cuda_only and not instance.cluster.gpu.cuda:
             return False
         weights, cache_format = instance.weight_formats[index], instance.kv_formats[index]
+        if weights == "fp16" and instance.model.family in rules.no_half:
+            return False
         parts = get_format(weights).mixed or (get_format(weights),)
-        spans = [*(rules.formats.get(part.name) for part in parts), rules.caches.get(cache_format, (0.0, 1e9))]
+        held = {trait for attention, _ in self._cells for trait in attention.traits} | {cache_format}
+        spans = [rules.formats.get(part.name) for part in parts]
+        spans += [span for kind, span in rules.attention.items() if kind in held]
         scheme = instance.model.scheme
         if scheme is not None and weights == instance.model.weight_format:
             spans.append(rules.methods.get(scheme.method, (0.0, 1e9)))
@@ -150,7 +154,6 @@ class Runs:
         if rules.block_powers and tokens.bit_count() != 1:
             return False
         asked = rules.block_multiples
-        held = {trait for attention, _ in self._cells for trait in attention.traits} | {cache_format}
         return all(tokens % multiple == 0 for kind, multiple in asked.items() if kind in held)
 
     def _divides_heads(self, tp: int) -> bool:
