@@ -478,7 +478,8 @@ def test_a_model_that_the_release_has_no_class_for_is_planned_and_told() -> None
         ("deepseek-v3.2", "vllm", 64),
         ("deepseek-v4-flash", "vllm", 256),
         ("deepseek-v3.2", "sglang", 64),
-        ("deepseek-v3", "sglang", 1),
+        ("deepseek-v3", "vllm", 32),
+        ("deepseek-v3", "sglang", 64),
     ],
 )
 def test_blocks_are_those_that_the_attention_of_the_model_takes(model: str, engine: str, tokens: int) -> None:

@@ -76,6 +76,34 @@ def test_where_the_last_block_found_is_dropped_a_window_begins_such_that_what_is
     assert found == {key: value for key, value in case.items() if key not in GIVEN}
 
 
+CHUNKS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden" / "hybrid_chunks.json").read_text())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_chunks_are_given_back_and_found_as_the_engine_does(implementation: Implementation) -> None:
+    """Runs of vLLM's scheduler over groups that keep the tokens since a multiple of so many, as Llama 4 has them."""
+    assert len(CHUNKS) >= 12
+    for case in CHUNKS:
+        found = json.loads(json.dumps(replay_case("hybrid", {key: case[key] for key in GIVEN}, implementation)))
+        assert digest(found.pop("steps")) == case["batches_sha256"]
+        assert found == {key: value for key, value in case.items() if key not in GIVEN}
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("shed", kv_groups.WindowKind.shed),
+        ("search", kv_groups.WindowKind.search),
+        ("search", kv_groups.FullKind.search),
+    ],
+)
+def test_a_rule_of_chunks_that_is_changed_is_noticed(name: str, changed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_groups.ChunkKind, name, changed)
+    given = ({key: case[key] for key in GIVEN} for case in CHUNKS)
+    hashes = [replay_case("hybrid", case, "reference")["batches_sha256"] for case in given]
+    assert hashes != [case["batches_sha256"] for case in CHUNKS]
+
+
 RULES: dict[str, tuple[Any, str, Any]] = {
     "windows give nothing back": (kv_groups.WindowKind, "shed", lambda self, table, computed: []),
     "there is no limit of what a window counts at admission": (kv_groups.WindowKind, "most", lambda self: None),
@@ -158,10 +186,11 @@ def kinds_of_groups(draw: st.DrawFn, longest: int, size: int, *, caching: bool) 
         st.integers(1, 60),
         st.sampled_from([1, 2]),
     )
+    chunk = st.builds(lambda blocks: KvGroup(kind="chunk", block_size=size, window=size * blocks), st.integers(1, 6))
     state = KvGroup(kind="state", block_size=longest)
     if caching:
         state = KvGroup(kind="state", block_size=size, mode="align")
-    kinds = st.one_of(st.just(KvGroup(kind="full", block_size=size)), window, st.just(state))
+    kinds = st.one_of(st.just(KvGroup(kind="full", block_size=size)), window, chunk, st.just(state))
     return tuple(draw(st.lists(kinds, min_size=1, max_size=4)))
 
 
@@ -213,11 +242,13 @@ def random_groups(draw: random.Random, settings: EngineSettings) -> tuple[KvGrou
     """One to four groups."""
     size, groups = settings.block_size, []
     for _ in range(draw.randrange(1, 5)):
-        kind = draw.choice(["full", "window", "window", "state"])
+        kind = draw.choice(["full", "window", "chunk", "state"])
         if kind == "window":
             groups.append(
                 KvGroup(kind="window", block_size=size * draw.choice([1, 1, 2]), window=draw.randrange(1, 50))
             )
+        elif kind == "chunk":
+            groups.append(KvGroup(kind="chunk", block_size=size, window=size * draw.randrange(1, 7)))
         elif kind == "full":
             groups.append(KvGroup(kind="full", block_size=size))
         elif not settings.prefix_caching:
@@ -290,8 +321,8 @@ def test_groups_are_refused_with_other_engines_beside_other_groups_and_where_the
     with pytest.raises(UsageError, match="groups must list"):
         replay_case("hybrid", case)
     for group, message in (
-        ({"kind": "ful"}, "group 0: kind must be full, window, state and mode none, align, got ful and none"),
-        ({"kind": "window", "block_size": 16}, "window from 1 for windows alone"),
+        ({"kind": "ful"}, "group 0: kind must be full, window, chunk, state and mode none, align, got ful and none"),
+        ({"kind": "window", "block_size": 16}, "window from 1 for windows and chunks alone"),
         ({"kind": "full", "block_size": -1}, "group 0: block_size, window must be 2 whole"),
     ):
         with pytest.raises(UsageError, match=message):

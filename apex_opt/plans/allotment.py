@@ -1,8 +1,9 @@
 """How an engine allots memory to what the layers of a plan keep: in groups, in pages, in blocks of so many tokens.
 
 vLLM puts layers that keep different things into groups over one pool of blocks. Before that it enlarges the blocks of
-attention until one is no smaller than a state, to which states are padded. Where some layer sees chunks of the context
-all windows are kept as if they saw all of it, as its manager of several kinds is then switched off by default. Other
+attention until one is no smaller than a state, to which states are padded. Windows and chunks of the context are kept
+as if their layers saw all of it where its manager of several kinds is switched off: where a connector hands blocks
+over, and with chunks where what makes drafts computes the last block anew. Other
 engines keep all tokens of every layer that sees any, and have a state of each layer for every sequence that can run;
 so is it with layers for which vLLM has a pool of their own kind, cells with the trait "own pool".
 
@@ -134,8 +135,8 @@ def _allotted(model: Model, drafter: Drafter | None, tp: int, kv_format: str, te
             before=((0, *accumulate(pages)),),
             states_before=(0, *accumulate(states)) if any(states) else (),
         )
-    whole = [entry for cell in cells for entry in cell.cache() if not isinstance(entry, State)]
-    return _in_groups(kept, terms, as_full=terms.hands_over or any(entry.chunked for entry in whole))
+    redone = drafter is not None and drafter.rules.recomputes and any(e.kind == "chunk" for its in kept for e in its)
+    return _in_groups(kept, terms, as_full=terms.hands_over or redone)
 
 
 def _entries(cell: AttentionCell, tp: int, kv_bytes: int, drafts: int, terms: Terms) -> list[KvLayer]:
@@ -152,10 +153,10 @@ def _entries(cell: AttentionCell, tp: int, kv_bytes: int, drafts: int, terms: Te
             blocks = ceil_div(kept.fixed_tokens, terms.block_size)
             found += [KvLayer(kind="state", block_size=size, page_bytes=page)] * blocks
             continue
-        window = 0 if kept.chunked or not terms.grouped else kept.window or 0
+        window = kept.window or 0 if terms.grouped else 0
         found.append(
             KvLayer(
-                kind="window" if window else "full",
+                kind="full" if not window else "chunk" if kept.chunked else "window",
                 block_size=terms.block_size,
                 page_bytes=terms.block_size * kept.token_bytes(kv_bytes),
                 window=window,
@@ -171,8 +172,7 @@ def _in_groups(kept: Sequence[Sequence[KvLayer]], terms: Terms, *, as_full: bool
     ----------
     kept : of each layer in turn
     terms : Terms
-    as_full : bool    whether windows are kept as if every layer saw all tokens: where some layer sees chunks of the
-                      context, and where a connector hands blocks over
+    as_full : bool    whether windows and chunks are kept as if every layer saw all tokens
     """
     block_size = _enlarged([entry for its in kept for entry in its], terms.block_size)
     entries = [_resized(entry, block_size, terms) for its in kept for entry in its]
@@ -190,12 +190,12 @@ def _in_groups(kept: Sequence[Sequence[KvLayer]], terms: Terms, *, as_full: bool
     groups = []
     for places, size in zip(shared.groups, shared.block_size, strict=True):
         first = entries[places[0]]
-        kind: LayerKind = "full" if as_full and first.kind == "window" else first.kind
+        kind: LayerKind = "full" if as_full and first.window else first.kind
         groups.append(
             KvGroup(
                 kind=kind,
                 block_size=size,
-                window=first.window if kind == "window" else 0,
+                window=0 if kind == "full" else first.window,
                 mode=mode if kind == "state" else "none",
             )
         )

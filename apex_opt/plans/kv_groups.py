@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-LayerKind = Literal["full", "window", "state"]
+LayerKind = Literal["full", "window", "chunk", "state"]
 StateMode = Literal["none", "align"]
 
 
@@ -48,9 +48,9 @@ class KvGroup:
 
     Parameters
     ----------
-    kind : "full", "window" or "state", as of `KvLayer`
+    kind : "full", "window", "chunk" or "state", as of `KvLayer`
     block_size : int          tokens of a block
-    window : int              tokens that a query sees, itself included; 0 where it sees all
+    window : int              tokens that a query sees, itself included, or of a chunk; 0 where it sees all
     mode : "none" or "align"  of states: one for a sequence, whatever its length; or one for each end of a block, which
                               can be found again by its prefix
     """
@@ -61,13 +61,26 @@ class KvGroup:
     mode: StateMode = "none"
 
     def seen_entries(self, max_num_batched_tokens: int, max_model_len: int) -> int:
-        """Blocks that a sequence takes of a window at most, as they are counted before it is admitted.
+        """Blocks that a sequence takes of a window or a chunk at most, as they are counted before it is admitted.
 
         Parameters
         ----------
         max_num_batched_tokens, max_model_len : int    as of the engine's settings
         """
+        if self.kind == "chunk":
+            return ceil_div(min(self.window + max_num_batched_tokens, max_model_len), self.block_size)
         return ceil_div(min(self.window - 1 + max_num_batched_tokens, max_model_len), self.block_size) + 1
+
+    def passed(self, computed: Ints) -> Ints:
+        """Blocks out of sight of the token after so many computed ones.
+
+        Parameters
+        ----------
+        computed : int64[n]
+        """
+        if self.kind == "chunk":
+            return computed // self.window * self.window // self.block_size
+        return np.maximum(computed - self.window + 1, 0) // self.block_size
 
     def most(self, tokens: Ints, limits: Limits) -> Ints:
         """Blocks that sequences of so many tokens may come to hold, and without which some are never done.
@@ -81,7 +94,7 @@ class KvGroup:
             kept = np.zeros_like(tokens) if self.mode == "none" else np.minimum(tokens - 1, self.block_size)
             return 1 + limits.drafts + kept // self.block_size
         blocks = -(-tokens // self.block_size)
-        if self.kind == "window":
+        if self.window:
             seen = self.seen_entries(limits.max_num_batched_tokens, limits.max_model_len)
             return np.minimum(blocks, seen)
         return blocks
@@ -96,17 +109,18 @@ class KvGroup:
         """
         if self.kind == "state":
             return self.most(tokens, limits)
-        given_back = np.maximum(before - self.window + 1, 0) // self.block_size if self.kind == "window" else 0
-        return -(-tokens // self.block_size) - given_back
+        return -(-tokens // self.block_size) - (self.passed(before) if self.window else 0)
 
     def least(self, tokens: Ints, limits: Limits) -> Ints:
-        """Blocks that sequences hold at least while they compute a token after so many.
+        """Blocks that sequences hold at least while they compute a token after so many, or a later one.
 
         Parameters
         ----------
         tokens : int64[n]    before that one, of each
         limits : Limits
         """
+        if self.kind == "chunk":  # a new one may have just begun
+            return np.ones_like(tokens)
         if self.kind == "state":
             return np.full_like(tokens, 1 + limits.drafts)
         seen = np.minimum(tokens, self.window) if self.kind == "window" else tokens
@@ -127,10 +141,11 @@ class KvLayer:
 
     Parameters
     ----------
-    kind : "full" (keys and values of all tokens), "window" (of the last ones) or "state" (a state per sequence)
+    kind : "full" (keys and values of all tokens), "window" (of the last ones), "chunk" (of those since a multiple of so
+        many) or "state" (a state per sequence)
     block_size : int    tokens of a block
     page_bytes : int    a block of this layer
-    window : int        tokens that a query sees, itself included; 0 where it sees all
+    window : int        tokens that a query sees, itself included, or of a chunk; 0 where it sees all
     """
 
     kind: LayerKind
@@ -167,7 +182,7 @@ def share_pool(layers: Sequence[KvLayer], available_bytes: int, *, hybrid: bool 
     ----------
     layers : KvLayer of each layer, in the model's order
     available_bytes : int    memory of the pool
-    hybrid : bool            windows may be kept apart; else they are kept as if every layer saw all tokens
+    hybrid : bool            windows and chunks may be kept apart; else they are kept as if every layer saw all tokens
 
     Returns
     -------
@@ -203,8 +218,8 @@ def share_pool(layers: Sequence[KvLayer], available_bytes: int, *, hybrid: bool 
 
 
 def _all_full(layers: Sequence[KvLayer]) -> list[KvLayer]:
-    """Windows kept as if they saw all tokens, beside layers that do."""
-    windows = {layer.window for layer in layers if layer.kind == "window"}
+    """Windows and chunks kept as if they saw all tokens, beside layers that do."""
+    windows = {layer.window for layer in layers if layer.window}
     if not any(layer.kind == "full" for layer in layers):
         return list(layers)
     if len(windows) > 1:
@@ -212,7 +227,7 @@ def _all_full(layers: Sequence[KvLayer]) -> list[KvLayer]:
             f"windows of {' and '.join(map(str, sorted(windows)))} tokens cannot be kept as full attention together; "
             "keep windows apart"
         )
-    return [replace(layer, kind="full", window=0) if layer.kind == "window" else layer for layer in layers]
+    return [replace(layer, kind="full", window=0) if layer.window else layer for layer in layers]
 
 
 def _equal_pages(layers: Sequence[KvLayer]) -> list[KvLayer]:

@@ -79,9 +79,14 @@ class Drafter:
         return ":".join(filter(None, (self.method, self.model, str(self.draft_tokens))))
 
     @property
+    def rules(self) -> Method:
+        """What the scheduler has to know of the method."""
+        return METHODS[self.method]
+
+    @property
     def ahead(self) -> int:
         """Tokens beyond a row's own whose blocks it needs."""
-        return self.draft_tokens if METHODS[self.method].keeps_kv else 0
+        return self.draft_tokens if self.rules.keeps_kv else 0
 
 
 def parse_drafter(text: str) -> Drafter:

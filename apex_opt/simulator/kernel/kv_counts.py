@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from apex_opt.simulator.kernel.batch import column_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.kv_state import (
+    CHUNK,
     DUE,
     GROUP_SIZE,
     KIND,
@@ -55,13 +56,22 @@ def entered_nb(groups: Groups, tokens: int) -> int:
 
 
 @inner
+def passed_of_nb(group: I64, computed: int) -> int:
+    """Blocks of a group that are out of sight before a row, by the tokens computed until then."""
+    if group[KIND] == WINDOW:
+        return max(0, computed - group[SEEN] + 1) // group[SIZE]
+    if group[KIND] == CHUNK:
+        return computed // group[SEEN] * group[SEEN] // group[SIZE]
+    return 0
+
+
+@inner
 def passed_nb(groups: Groups, computed: int) -> int:
-    """Blocks that windows have given back before a row, by the tokens computed until then."""
+    """Blocks that windows and chunks have given back before a row, by the tokens computed until then."""
     count = 0
     for g in range(groups.number):
         group = at(groups.rows, g * GROUP_SIZE)
-        if group[KIND] == WINDOW:
-            count += group[TIMES] * (max(0, computed - group[SEEN] + 1) // group[SIZE])
+        count += group[TIMES] * passed_of_nb(group, computed)
     return count
 
 
@@ -83,8 +93,9 @@ def counts_alike_nb(groups: Groups, r: I64) -> bool:
     return groups.counting == 1 and alike
 
 
-# In a steady engine sequences decode. Batch by batch, numbered as they are formed, each has one token more: what the
-# next batch takes and gives back is a count by the number of that batch, modulo the tokens of a block.
+# In a steady engine, which has no chunks, sequences decode. Batch by batch, numbered as they are formed, each has one
+# token more: what the next batch takes and gives back is a count by the number of that batch, modulo the tokens of a
+# block.
 
 
 @inner

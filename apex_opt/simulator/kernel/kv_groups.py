@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from apex_opt.simulator.kernel.jit import at, inner
+from apex_opt.simulator.kernel.kv_counts import passed_of_nb
 from apex_opt.simulator.kernel.kv_state import (
     AHEAD,
     BEFORE,
     BEHIND,
     BLOCK_WIDTH,
+    CHUNK,
     CONTENT,
     CONTENT_AT,
     DROPPED,
@@ -195,8 +197,8 @@ def shed_nb(groups: Groups, r: I64, slot: int, computed: int) -> None:
     """Give back what a running sequence will not look at again."""
     for g in range(groups.number):
         group, table = group_nb(groups, g), table_nb(groups, r, slot, g)
-        if group[KIND] == WINDOW:
-            _back_from_nb(groups, r, g, table, max(0, computed - group[SEEN] + 1) // group[SIZE])
+        if group[KIND] == WINDOW or group[KIND] == CHUNK:
+            _back_from_nb(groups, r, g, table, passed_of_nb(group, computed))
         elif group[KIND] == KEPT:
             sure, before = max(0, computed - r[DRAFTS]), table[BEFORE]
             _back_from_nb(groups, r, g, table, max(0, sure - 1) // group[SIZE])
@@ -411,6 +413,12 @@ def _search_nb(groups: Groups, r: I64, i: int, first: int, reach: int, drop: int
         run = run * size // multiple * multiple // size
         run -= drop if run > 0 else 0
         hit[FOUND] = run * size // multiple * multiple // size
+    elif group[KIND] == CHUNK:
+        run = reach * size // group[SEEN] * group[SEEN] // size
+        hit[FIRST_FOUND] = run
+        while run < reach and _held_nb(groups, r, i, first, run):
+            run += 1
+        hit[FOUND] = run
     elif group[KIND] == KEPT:
         for place in range(reach - 1, -1, -1):
             if (place + 1) * size % multiple == 0 and _held_nb(groups, r, i, first, place):

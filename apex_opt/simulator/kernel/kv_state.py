@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from apex_opt.simulator.kernel.state import I32, I64
 
-FULL, WINDOW, STATE, KEPT = range(4)  # kinds of groups; a state is kept at ends of blocks or not
+FULL, WINDOW, STATE, KEPT, CHUNK = range(5)  # kinds of groups; a state is kept at ends of blocks or not
 
 # Columns of `Groups.rows`. MOST: entries counted at most where it is looked whether a whole prompt fits; TOGETHER: the
 # next group that searches with this one; CONTENT_AT: where its contents begin among those of all groups; TIMES: groups

@@ -15,7 +15,7 @@ from apex_opt.simulator.kernel.batch import by_sequences_nb, by_tokens_nb, colum
 from apex_opt.simulator.kernel.blocks import found_nb, register_nb, take_nb
 from apex_opt.simulator.kernel.jit import at, inner
 from apex_opt.simulator.kernel.kv_counts import entered_nb, passed_nb, whole_nb
-from apex_opt.simulator.kernel.kv_state import GROUP_SIZE, KIND, SEEN, STATE, TIMES, WINDOW
+from apex_opt.simulator.kernel.kv_state import CHUNK, GROUP_SIZE, KIND, SEEN, STATE, TIMES, WINDOW
 from apex_opt.simulator.kernel.policies import blocks_nb
 from apex_opt.simulator.kernel.stages import queued_nb
 from apex_opt.simulator.kernel.state import (
@@ -288,6 +288,8 @@ def add_by_group_nb(run: Run, groups: Groups, r: I64, micro: I64, i: int) -> boo
                 back_nb(r, micro)[(-beyond) % size] += group[TIMES]
             else:  # until its first block leaves the window
                 micro[MICRO_LEFT] = max(0, min(micro[MICRO_LEFT], size - beyond - 2))
+        elif group[KIND] == CHUNK:  # until a new one begins
+            micro[MICRO_LEFT] = max(0, min(micro[MICRO_LEFT], (-computed) % group[SEEN] - 2))
     return True
 
 

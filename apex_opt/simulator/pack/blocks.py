@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _KINDS: Final = {
     ("full", "none"): kv.FULL,
     ("window", "none"): kv.WINDOW,
+    ("chunk", "none"): kv.CHUNK,
     ("state", "none"): kv.STATE,
     ("state", "align"): kv.KEPT,
 }
@@ -146,7 +147,7 @@ def groups_of(layout: Layout, some: range, steps: int, *, logged: bool) -> Group
     most = settings.max_num_batched_tokens, settings.max_model_len
     keys, totals = _keys(groups, layout.trace, settings) if settings.prefix_caching else ([], [0] * len(groups))
     for number, group in enumerate(groups):
-        seen = group.seen_entries(*most) if group.kind == "window" else kn.NEVER
+        seen = group.seen_entries(*most) if group.window else kn.NEVER
         kind = _KINDS[group.kind, group.mode]
         after = sum(totals[:number]), times[group] if counting else 1
         kinds[number] = kind, group.block_size, group.window, seen, kn.NONE, *after

@@ -68,7 +68,8 @@ def engine_of(settings: EngineSettings, stages: int, *, logged: bool = False, wa
         return "sglang" if settings.speculation is None else "sglang drafts"
     if settings.kv_groups and settings.speculation is None:
         counted = not logged and not settings.prefix_caching
-        steady = counted and stages == 1 and settings.scheduler.prompt_threshold == 0
+        chunks = any(group.kind == "chunk" for group in settings.kv_groups)
+        steady = counted and stages == 1 and settings.scheduler.prompt_threshold == 0 and not chunks
         return "steady groups" if steady else "general groups"
     if isinstance(settings.scheduler, TrtllmScheduling):
         return "trtllm"

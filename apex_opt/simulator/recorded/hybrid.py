@@ -34,6 +34,6 @@ def _group(place: int, row: Mapping[str, Any]) -> KvGroup:
             f"got {str(kind)[:60]} and {str(mode)[:60]}"
         )
     size, window = whole_numbers(f"group {place}: block_size, window", [row.get("block_size"), row.get("window", 0)], 2)
-    if size == 0 or (kind == "window") != (window > 0):
-        raise UsageError(f"group {place}: block_size is from 1, and window from 1 for windows alone")
+    if size == 0 or (kind in ("window", "chunk")) != (window > 0):
+        raise UsageError(f"group {place}: block_size is from 1, and window from 1 for windows and chunks alone")
     return KvGroup(kind=kind, block_size=size, window=window, mode=mode)

@@ -1,7 +1,8 @@
 """KV blocks of models whose layers keep different things: one pool, and a table of blocks per group of layers.
 
-Source: `KVCacheManager`, `HybridKVCacheCoordinator`, `FullAttentionManager`, `SlidingWindowManager` and `MambaManager`
-of vLLM 0.20.2, in our own words; recorded batches over several groups settle it.
+Source: `KVCacheManager`, `HybridKVCacheCoordinator`, `FullAttentionManager`, `SlidingWindowManager`,
+`ChunkedLocalAttentionManager` and `MambaManager` of vLLM 0.20.2, in our own words; recorded batches over several groups
+settle it.
 """
 
 from __future__ import annotations
@@ -132,6 +133,18 @@ class WindowKind(FullKind):
         return [True] * self.cut(run - (drop and run > 0), multiple)
 
 
+class ChunkKind(WindowKind):
+    """Keys and values of the tokens since the last multiple of so many."""
+
+    def shed(self, table: Table, computed: int) -> list[int]:
+        return list(_back_from(table, computed // self.group.window * self.group.window // self.size))
+
+    def search(self, has: Seq[bool], multiple: int, *, drop: bool) -> list[bool]:
+        begun = len(has) * self.size // self.group.window * self.group.window // self.size
+        run = next((place for place, there in enumerate(has[begun:]) if not there), len(has) - begun)
+        return [False] * begun + [True] * run
+
+
 class StateKind(FullKind):
     """One state per sequence, whatever its length, and one for each draft; nothing is found again."""
 
@@ -198,6 +211,7 @@ def _back_from(table: Table, entries: int) -> Iterable[int]:
 _KINDS: Final[Mapping[tuple[str, str], type[FullKind]]] = {
     ("full", "none"): FullKind,
     ("window", "none"): WindowKind,
+    ("chunk", "none"): ChunkKind,
     ("state", "none"): StateKind,
     ("state", "align"): KeptStateKind,
 }
