@@ -474,6 +474,13 @@ def on(problem: Problem, cluster: Cluster) -> Problem:
     return replace(problem.offering(cluster=cluster), max_devices=cluster.size)
 
 
+def tight(problem: Problem, share: float) -> Problem:
+    """The problem with less memory, so that sequences wait for blocks or give way."""
+    gpu = problem.cluster.gpu
+    gpu = replace(gpu, memory_bytes=int(gpu.memory_bytes * share))
+    return problem.offering(cluster=replace(problem.cluster, gpu=gpu))
+
+
 def simulated(scorer: Scorer, plan: Plan) -> Scored:
     """A plan on the only type of GPU, simulated to its end."""
     return scorer.simulate(Deployment.of(plan))

@@ -12,7 +12,7 @@ import pytest
 from search_cases import ROWS, every_of, problem_of, shapes_of
 
 from apex_opt.search import Part
-from apex_opt.search.best_first import ROUND, Leaf, best_first, side_by_side
+from apex_opt.search.best_first import ROUND, Leaf, Queue, best_first, side_by_side
 from apex_opt.search.incumbent import Incumbent
 from apex_opt.search.search import silent
 
@@ -83,9 +83,10 @@ def test_bounds_rise_down_the_tree_of_every_shape_and_its_leaves_are_every_deplo
             found = leaf.decided()
             if found is None:
                 continue
-            seen[found] += 1
-            # None of its deployments is better than its bound by any objective.
-            assert all(bound <= cost for bound, cost in zip(leaf.bound, costs[found], strict=True))
+            seen[found.deployment] += 1
+            # None of its deployments is better than its bound by any objective, nor than the closer one.
+            for early, closer, cost in zip(leaf.bound, found.bound, costs[found.deployment], strict=True):
+                assert early <= closer <= cost
     assert set(seen.values()) <= {1}
     assert good <= set(seen) <= set(costs)
 
@@ -229,3 +230,18 @@ def test_no_branch_is_looked_into_after_the_time_is_up_where_something_was_simul
     assert (outer.opened, inner.opened, late.opened) == ([], [], [])
     assert [bound for bound, _ in part.left] == [(1.0,), (7.0,)]
     assert searched([tree(part_of(6))[0]], dict.fromkeys("cdefg", 1.0), deadline=-inf)
+
+
+def test_a_leaf_whose_bound_rises_once_it_is_decided_waits_for_its_turn_and_may_be_ruled_out_or_vanish() -> None:
+    risen: dict[str, Costs] = {"a": (6.0,), "c": (3.5,)}
+
+    def leaf(name: Any, bound: float) -> Leaf:
+        late = (lambda one: None if one == "d" else one) if name in "acd" else None
+        return Leaf(deployment=name, bound=(bound,), late=late, closer=lambda one: risen[str(one)])
+
+    leaves = [leaf("a", 1.0), leaf("c", 1.5), leaf("d", 1.7), leaf("b", 2.0), leaf("e", 5.0), leaf("f", 5.1)]
+    part = part_of(len(leaves))
+    assert searched([Queue(part, leaves)], {"a": 7.0, "b": 4.0, "c": 5.5, "e": 9.0, "f": 9.0}) == list("bcef")  # type: ignore[list-item]
+    assert [str(one) for one in part.seen] == ["b", "c", "e", "f"]
+    assert (part.simulated, part.beaten, part.least) == (4, 1, (6.0,))
+    part.end((4.0,))

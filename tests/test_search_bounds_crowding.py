@@ -22,6 +22,7 @@ from plan_cases import (
     make_problem,
     simulated,
     sparse,
+    tight,
     with_window,
 )
 from simulator_cases import Case
@@ -31,8 +32,8 @@ from apex_opt.cost.least import SIZES, Least
 from apex_opt.engines.schedulers import SCHEDULINGS
 from apex_opt.plans.plan import parse_plan
 from apex_opt.search import Scorer
-from apex_opt.search.bounds import StageFloor, isolated
-from apex_opt.search.bounds.crowding import PRICES, Batches, Crowding
+from apex_opt.search.bounds import StageFloor, fewest_to_fill, isolated
+from apex_opt.search.bounds.crowding import PRICES, Batches, Crowding, least_waited_ns, shared_ns
 from apex_opt.units import NS_PER_S
 from apex_opt.workload import make_trace
 
@@ -93,6 +94,93 @@ def test_no_plan_of_any_kind_of_model_has_a_mean_time_below_its_bound(name: str,
             assert bound <= reached, (str(plan), bound, reached)
             sharper += bound > float(scorer.facts().alone(plan).whole_s.mean()) * (1 + 1e-9)
     assert sharper > len(seeds) // 2 or name == "dense"
+
+
+def test_no_pipeline_with_little_memory_has_a_mean_time_below_its_bound_though_batches_may_overtake() -> None:
+    sharper = 0
+    for seed in range(18):
+        rng = np.random.default_rng(seed)
+        heavy = make_model((keeping(MANY, state_bytes=int(rng.choice([20, 60])) * 10**6), 4), (MANY, 2))
+        problem = make_problem(
+            heavy,
+            make_cluster(4),
+            arriving(seed),
+            settings=replace(SMALL, max_num_seqs=48),
+            routing=("round_robin", "least_loaded")[seed % 2],
+        )
+        problem = tight(problem, (0.2, 0.12, 0.1)[seed % 3])
+        plans = [plan for plan in feasible_plans(problem) if plan.stages > 1]
+        scorer = Scorer(problem)
+        for index in rng.permutation(len(plans))[:8]:
+            plan, facts = plans[index], scorer.facts()
+            (bound,), _ = bounded(scorer, plan)
+            scored = simulated(scorer, plan)
+            assert bound <= scored.value, (seed, str(plan), bound, scored.value)
+            alone, calm = (float(facts.alone(plan, calm=calm).whole_s.mean()) for calm in (False, True))
+            sharper += alone < calm and bound > alone * (1 + 1e-9)
+        assert sharper > 15
+
+
+def test_caps_make_bounds_of_pipelines_hold_where_sequences_overtake_themselves() -> None:
+    held = sharper = 0
+    for seed in range(600):
+        rng = np.random.default_rng(seed)
+        stages, replicas, base = int(rng.integers(2, 7)), int(rng.integers(1, 4)), int(rng.integers(1, 30)) * 100
+        token = int(rng.integers(0, 100))
+        settings = replace(SMALL, max_num_seqs=32, max_num_batched_tokens=128, async_scheduling=False)
+        law = linear_law(settings, base, token)
+        gap = int(rng.choice([1, 20, 200])) * base * stages // replicas
+        trace = make_trace(
+            name="random",
+            arrival_ns=np.cumsum(rng.exponential(gap, 90).astype(np.int64)),
+            prompt=rng.choice([1, 40, 100], 90),
+            output=rng.choice([2, 30, 90], 90),
+        )
+        blocks = int(rng.integers(12, 80))
+        run = Case(settings=settings, blocks=blocks, laws=(law,) * stages, trace=trace, replicas=replicas).run(
+            log=False
+        )
+        reached = float((run.finish_ns - run.arrival_ns).mean()) / NS_PER_S
+        floors, some = [StageFloor.of(law)] * stages, np.array([replicas])
+        alone = isolated(settings, floors, trace)
+        filling = fewest_to_fill(settings, blocks, trace)
+        caps = np.array([shared_ns(trace, filling, replicas, dealt=True)])
+        given = settings, sized(base * stages, token * stages), floors[0], stages, trace, alone, some
+        bound = float(Crowding.of(*given, caps).mean_s(some)[0])
+        assert bound <= reached, (seed, bound, reached)
+        held += run.preemptions > 0
+        overtaken = isolated(settings, floors, trace, overtaking=True)
+        sharper += caps[0] < np.inf and bound > float(sum(overtaken).mean()) / NS_PER_S
+    assert held > 100
+    assert sharper > 50
+
+
+def test_what_requests_wait_for_the_last_of_them_is_the_least_of_all_that_may_be_there_at_once() -> None:
+    rng = np.random.default_rng(7)
+    for _ in range(60):
+        trace = arriving(int(rng.integers(1000)), requests=int(rng.integers(1, 30)))
+        arrival, count, apart = trace.arrival_ns.tolist(), int(rng.integers(1, 12)), int(rng.integers(1, 6))
+        waited = [
+            sum(own[last] - arrived for arrived in own[last - count + 1 : last + 1])
+            for own in (arrival[replica::apart] for replica in range(apart))
+            for last in range(count - 1, len(own))
+        ]
+        assert least_waited_ns(trace, count, apart) == min(waited, default=np.inf)
+        each = least_waited_ns(trace, count, apart) / max(len(arrival[replica::apart]) for replica in range(apart))
+        assert shared_ns(trace, count, apart, dealt=True) == each
+
+
+def test_a_request_counts_for_no_more_than_its_part_of_what_those_wait_that_fill_the_memory() -> None:
+    settings = replace(SMALL, max_num_seqs=64, max_num_batched_tokens=64, async_scheduling=False)
+    trace, replicas = stream(400, 12_000, 64), np.array([1, 2])
+    floor = StageFloor.of(linear_law(settings, 1000, 100))
+    given = settings, sized(1000, 100), floor, 1, trace, isolated(settings, [floor], trace), replicas
+    free, whole = Crowding.of(*given), Crowding.of(*given, np.array([np.inf, np.inf]))
+    assert whole.mean_s(replicas) == pytest.approx(free.mean_s(replicas), rel=1e-8)
+    cap = float(free.mean_s(replicas)[0]) * NS_PER_S / 3
+    capped = Crowding.of(*given, np.array([cap, np.inf])).mean_s(replicas)
+    assert capped[0] <= cap / NS_PER_S < free.mean_s(replicas)[0]
+    assert capped[1] == whole.mean_s(replicas)[1]
 
 
 def stream(requests: int, gap_ns: int, output: int) -> Trace:

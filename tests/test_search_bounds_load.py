@@ -21,6 +21,7 @@ from plan_cases import (
     random_trace,
     simulated,
     sparse,
+    tight,
     with_window,
 )
 from simulator_cases import Case, linear, requests
@@ -40,7 +41,6 @@ from apex_opt.workload import make_trace
 
 if TYPE_CHECKING:
     from apex_opt.plans.plan import Plan
-    from apex_opt.search import Problem
     from apex_opt.workload import Trace
 
 BLOCK = dense(hidden=1024, heads=8, kv=4, columns=4096, width=128)
@@ -65,13 +65,6 @@ def crowd(seed: int, requests: int = 60) -> Trace:
         prompt=rng.choice([5, 300, 1500], requests),
         output=rng.choice([1, 20, 200], requests),
     )
-
-
-def tight(problem: Problem, share: float) -> Problem:
-    """The problem with less memory, so that sequences wait for blocks or give way."""
-    gpu = problem.cluster.gpu
-    gpu = replace(gpu, memory_bytes=int(gpu.memory_bytes * share))
-    return problem.offering(cluster=replace(problem.cluster, gpu=gpu))
 
 
 def alone_s(scorer: Scorer, plan: Plan) -> float:

@@ -103,9 +103,9 @@ def test_no_pipeline_is_better_than_its_bound_before_its_layers_are_split(object
     seen = 0
     for branch in shape.branches():
         for place, bound in enumerate(branch.bounds):
-            deployment = branch.child(place).decided()
-            assert deployment is not None
-            assert bound <= problem.costs(scorer.simulate(deployment).metrics)
+            leaf = branch.child(place).decided()
+            assert leaf is not None
+            assert bound <= leaf.bound <= problem.costs(scorer.simulate(leaf.deployment).metrics)
             seen += 1
     assert seen == shape.part.space == len(every(problem))
 

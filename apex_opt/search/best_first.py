@@ -52,14 +52,23 @@ class Leaf:
     bound : tuple of float     of its costs
     late : callable or None    gives the deployment with its layers moved; None where it turns out to be another one, or
                                none
+    closer : callable or None  bounds of its costs, once that is decided
     """
 
     deployment: Deployment
     bound: Costs
     late: Callable[[Deployment], Deployment | None] | None = None
+    closer: Callable[[Deployment], Costs] | None = None
 
-    def decided(self) -> Deployment | None:
-        return self.deployment if self.late is None else self.late(self.deployment)
+    def decided(self) -> Leaf | None:
+        """The same with nothing left to decide, and no lower bounds; None where there is no such deployment."""
+        if self.late is None:
+            return self
+        deployment = self.late(self.deployment)
+        if deployment is None:
+            return None
+        bound = self.bound if self.closer is None else tuple(map(max, self.bound, self.closer(deployment)))
+        return Leaf(deployment=deployment, bound=bound)
 
 
 class Branch(Protocol):
@@ -186,28 +195,28 @@ def best_first(
                 continue
             push(branch, place + 1)
             child = branch.child(place)
-            if isinstance(child, Leaf):
-                round_.append((part, child))
+            if not isinstance(child, Leaf):
+                for below in child:
+                    push(below, 0)
+            elif (leaf := child.decided()) is None:
+                part.vanish()
+            elif incumbent.order(leaf.bound) > incumbent.order(bound):
+                push(Queue(part, [leaf]), 0)  # its turn comes later
+            else:
+                round_.append((part, leaf))
                 continue
-            for below in child:
-                push(below, 0)
             if monotonic() > deadline:
                 break
-        decided = [(part, leaf, leaf.decided()) for part, leaf in round_]
-        for part, _, deployment in decided:
-            if deployment is None:
-                part.vanish()
-        runs = [(part, leaf, found) for part, leaf, found in decided if found is not None]
-        prepare(found for _, _, found in runs)
-        asked = [(found, leaf.bound, incumbent.worst(part)) for part, leaf, found in runs]
+        prepare(leaf.deployment for _, leaf in round_)
+        asked = [(leaf.deployment, leaf.bound, incumbent.worst(part)) for part, leaf in round_]
         found = scores(asked, _ahead(heap, incumbent)) if asked else ()
-        begun += len(runs)
+        begun += len(round_)
         good = []
-        for (part, leaf, deployment), scored in zip(runs, found, strict=True):
+        for (part, leaf), scored in zip(round_, found, strict=True):
             if isinstance(scored, Unfinished):
                 part.left.append((leaf.bound, 1))
                 continue
-            part.seen.append(deployment)
+            part.seen.append(leaf.deployment)
             if scored is None:
                 part.cut_short += 1
                 continue
@@ -234,6 +243,6 @@ def _ahead(heap: list[tuple[Costs, int, int, Branch]], incumbent: Incumbent) -> 
         if place + 1 < len(branch.bounds):
             heapq.heappush(rest, (incumbent.order(branch.bounds[place + 1]), turn, place + 1, branch))
         child = branch.child(place) if incumbent.admits(bound, part) else None
-        deployment = child.decided() if isinstance(child, Leaf) else None
-        if deployment is not None:
-            yield deployment, bound, incumbent.worst(part)
+        leaf = child.decided() if isinstance(child, Leaf) else None
+        if leaf is not None and incumbent.admits(leaf.bound, part):
+            yield leaf.deployment, leaf.bound, incumbent.worst(part)

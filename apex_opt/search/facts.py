@@ -19,8 +19,8 @@ from apex_opt.plans.allotment import allotted
 from apex_opt.plans.engine import limited, of_all, schedulers
 from apex_opt.plans.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.plans.shares import divisions
-from apex_opt.search.bounds import StageFloor, isolated, may_preempt, minds_preemption
-from apex_opt.search.bounds.crowding import Batches, Crowding
+from apex_opt.search.bounds import StageFloor, fewest_to_fill, isolated, may_preempt, minds_preemption
+from apex_opt.search.bounds.crowding import Batches, Crowding, shared_ns
 from apex_opt.search.bounds.gaps import least_gaps_ns
 from apex_opt.search.bounds.load import Load, replicas_with_room
 from apex_opt.search.bounds.phases import WHOLE, Side
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from apex_opt.figures import Goal, Objective
     from apex_opt.placement import Layouts
     from apex_opt.plans.plan import Plan
+    from apex_opt.search.ledger import Costs
     from apex_opt.search.problem import Problem
     from apex_opt.workload.trace import Trace
 
@@ -202,10 +203,16 @@ class Facts:
             run = run.costing(joules * (1 - ROUNDING), prices)
         return run
 
-    def alone(self, plan: Plan, *, movable: bool = False) -> Run:
-        """What no run of a plan can beat, as if each request were the only one."""
+    def bounds(self, plan: Plan) -> tuple[Costs, bool]:
+        """What a plan cannot cost less than, and whether it can still meet the goals."""
+        (alike,) = self.alike(plan.times(1), (plan.replicas,))
+        bounds, possible = judged(self.floors(alike), self.problem.objectives, self.problem.goals)
+        return tuple(bounds[0].tolist()), bool(possible[0])
+
+    def alone(self, plan: Plan, *, movable: bool = False, calm: bool = False) -> Run:
+        """What no run of a plan can beat, as if each request were the only one; `calm`: none that preempts nobody."""
         problem, layout = self.problem, self.costs.layouts_of(plan)
-        overtaking = self._minds(plan) and self._gives_way(plan, self._sure_blocks(plan, movable))
+        overtaking = not calm and self._minds(plan) and self._gives_way(plan, self._sure_blocks(plan, movable))
         side = self.side(plan)  # whether anybody gives way depends on how many requests a replica has
         key = plan.cut, plan.stages, layout, overtaking, side
         if key not in self._alone:
@@ -305,17 +312,22 @@ class Facts:
         asked = any((part.figure.time, part.statistic) == ("whole", "mean") for part in problem.asked)
         if not asked or any(part is not None for part in (plan.speculation, plan.shares, plan.overlap)):
             return None
-        overtaking = self._minds(plan) and self._gives_way(plan, self._sure_blocks(plan, alike.movable))
-        if overtaking and plan.stages > 1:
-            return None
-        key = plan.cut, plan.stages, self.costs.layouts_of(plan), alike.replicas
+        blocks = self._sure_blocks(plan, alike.movable) if plan.stages > 1 else 0
+        overtaking = plan.stages > 1 and self._gives_way(plan, blocks)
+        key = plan.cut, plan.stages, self.costs.layouts_of(plan), alike.replicas, overtaking, alike.movable
         if key not in self._crowdings:
+            caps = None
+            if overtaking:
+                alone = self.alone(plan, movable=alike.movable, calm=True)
+                filling = fewest_to_fill(problem.settings_for(plan), blocks, problem.trace)
+                dealt = problem.routing_of(plan) == "round_robin" and problem.rescheduling is None
+                caps = np.array([shared_ns(problem.trace, filling, n, dealt=dealt) for n in alike.replicas])
             count = schedulers(problem.settings, plan)
             batches = Batches.of(self.least_cost(plan), plan.stages, count=count, in_step=count > 1 and in_step(plan))
             of = alone.first_ns[0], alone.rest_ns[0]
             counts = np.array(alike.replicas, np.int64)
             engine = problem.settings_for(plan), batches, self.mean(plan), plan.stages, problem.trace
-            self._crowdings[key] = Crowding.of(*engine, of, counts)
+            self._crowdings[key] = Crowding.of(*engine, of, counts, caps)
         return self._crowdings[key]
 
     def _sure_blocks(self, plan: Plan, movable: bool) -> int:

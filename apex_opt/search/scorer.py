@@ -26,7 +26,7 @@ from apex_opt.placement.pools import link_between
 from apex_opt.search.answer import PoolUse, PriorityUse, Scored
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt, minds_preemption
 from apex_opt.search.dealing import clients_of, dealt, tokens_per_s
-from apex_opt.search.facts import KEPT, Facts, judged
+from apex_opt.search.facts import KEPT, Facts
 from apex_opt.search.incumbent import FREE
 from apex_opt.search.ledger import ROUNDING
 from apex_opt.search.pairs import Pairs
@@ -194,10 +194,7 @@ class Scorer:
     def bounds(self, deployment: Deployment) -> tuple[Costs, bool]:
         """What a deployment of one pool cannot cost less than, and whether it can still meet the goals."""
         (pool,) = deployment.pools
-        facts = self.facts_of(pool)
-        (alike,) = facts.alike(pool.plan.times(1), (pool.plan.replicas,))
-        bounds, possible = judged(facts.floors(alike), self.problem.objectives, self.problem.goals)
-        return tuple(bounds[0].tolist()), bool(possible[0])
+        return self.facts_of(pool).bounds(pool.plan)
 
     def run(
         self, deployment: Deployment, worst: Costs = FREE, bounds: Costs = (), *, log: bool = False

@@ -36,13 +36,22 @@ Attention to what a sequence holds adds to its time and to its share alike. Of r
 what its slowest rank takes, with an even share of the tokens or more, and what all do together: attention of one rank
 hides behind the tokens of another and is left out. Ranks each on its own are stages of their own.
 
-Where batches of a sequence may overtake each other, where drafts are verified, where both phases share a GPU, where
-forwards are split in two, and where arrivals depend on the run nothing is said.
+Where batches of a sequence may overtake each other (`bounds.may_preempt`), all of this holds of a replica on which
+nobody is ever preempted. On any other there was a moment at which so many requests were there that they may fill its KV
+cache, m or more, each since its arrival. The times of these alone add up to no less than W, the least that m requests
+one after the other on that replica are apart from the last of them in all. Of its requests, at most N, let each count
+for no more than W / N: then neither kind of replica takes less than its requests count for, less L S H. Only routers
+that deal in turn say who is on which replica; of others W is that of any m requests of the trace, shared by all.
+
+Where drafts are verified, where both phases share a GPU, where forwards are split in two, and where arrivals depend on
+the run nothing is said.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Self
 
 import numpy as np
@@ -50,6 +59,7 @@ import numpy as np
 from apex_opt.cost.least import SIZES
 from apex_opt.search.bounds.isolated import chunked, found_prompts
 from apex_opt.search.bounds.load import works_ns
+from apex_opt.search.ledger import ROUNDING
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
@@ -115,7 +125,8 @@ class Crowding:
 
     Parameters
     ----------
-    least_s, replica_s : float64[k]
+    least_s : float64[prices, 1 or numbers of replicas]    the same for all numbers of replicas where there is one
+    replica_s : float64[prices]
     """
 
     least_s: Floats
@@ -131,6 +142,7 @@ class Crowding:
         trace: Trace,
         alone_ns: tuple[Ints, Ints],
         replicas: Ints,
+        caps_ns: Floats | None = None,
     ) -> Self:
         """Of a trace on some numbers of replicas.
 
@@ -141,8 +153,10 @@ class Crowding:
         mean : StageFloor               mean floor of the stages
         stages : int                    of the pipeline
         trace : Trace
-        alone_ns : two of int64[n]      what no request can beat until its first token, and from there on
+        alone_ns : two of int64[n]      what no request can beat until its first token, and from there on, if nobody is
+                                        preempted in a pipeline
         replicas : int64[k]
+        caps_ns : float64[k], optional  most that a request counts for, where somebody may be (`shared_ns`)
         """
         first, rest = (part.astype(np.float64) for part in alone_ns)
         later = (trace.generated(settings.max_model_len) - 1).astype(np.float64)
@@ -157,14 +171,21 @@ class Crowding:
         gains = later.sum() * worth + PRICES * float((prompt + read).sum())
         free = PRICES * stages * float(since.max())
         prices = PRICES[np.unique(np.argmax(gains[:, None] - free[:, None] * replicas, axis=0))]
-        least = []
+        whole = first + rest
+        # What is so even if nothing is paid for the stages is told by others unless requests count for less.
+        least = [] if caps_ns is None else [whole]
         for price, token in zip(prices.tolist(), batches.token_ns(prices).tolist(), strict=True):
             share = min(1.0, batch / token) if token else 1.0
             begun = first + price * prompt
             done = apart + price * (prompt + read) + later * (token - batch)
             cut = until * (1 - share) + (later - 1) * batch + share * np.minimum(until, begun)
-            least.append(float(np.maximum(np.minimum(done, cut), first + rest).mean()) / NS_PER_S)
-        return cls(least_s=np.array(least), replica_s=prices * (stages * float(since.max()) / NS_PER_S / len(trace)))
+            least.append(np.maximum(np.minimum(done, cut), whole))
+        paid = prices if caps_ns is None else np.append(0.0, prices)
+        means = [[float(times.mean())] if caps_ns is None else _capped_means(times, caps_ns) for times in least]
+        return cls(
+            least_s=np.array(means) / NS_PER_S,
+            replica_s=paid * (stages * float(since.max()) / NS_PER_S / len(trace)),
+        )
 
     @staticmethod
     def _shares(settings: EngineSettings, batches: Batches, mean: StageFloor, trace: Trace) -> tuple[Floats, Floats]:
@@ -178,4 +199,47 @@ class Crowding:
 
     def mean_s(self, replicas: Ints) -> Floats:
         """Seconds that the mean time of a request within the engine cannot be below on some numbers of replicas."""
-        return np.asarray((self.least_s[:, None] - self.replica_s[:, None] * replicas).max(axis=0))
+        return np.asarray((self.least_s - self.replica_s[:, None] * replicas).max(axis=0))
+
+
+def _capped_means(times: Floats, caps: Floats) -> Floats:
+    """The mean of some times, of each no more than a cap, for every cap."""
+    rising = np.sort(times)
+    caps = np.minimum(caps, rising[-1])
+    below = np.searchsorted(rising, caps)
+    sums = np.append(0.0, np.cumsum(rising))[below] + (len(times) - below) * caps
+    return np.asarray(sums * (1 - ROUNDING) / len(times))
+
+
+def shared_ns(trace: Trace, filling: int, replicas: int, *, dealt: bool) -> float:
+    """What each request of a replica on which somebody was preempted counts for at least; infinite where nobody can be.
+
+    Parameters
+    ----------
+    trace
+    filling : int     fewest requests that may fill the KV cache (`fewest_to_fill`)
+    replicas : int
+    dealt : bool      whether the router deals in turn
+    """
+    apart = replicas if dealt else 1
+    return least_waited_ns(trace, filling, apart) / -(-len(trace) // apart)
+
+
+@lru_cache(maxsize=1 << 12)
+def least_waited_ns(trace: Trace, requests: int, apart: int) -> float:
+    """The least that so many requests, each so many places behind the one before it, wait in all for the last of them.
+
+    Parameters
+    ----------
+    trace
+    requests, apart : int
+    """
+    before = requests - 1
+    if before * apart >= len(trace):
+        return math.inf
+    since = trace.arrival_ns - int(trace.arrival_ns.min())
+    rows = np.zeros((-(-len(since) // apart) + 1) * apart, np.int64)
+    rows[apart : apart + len(since)] = since
+    sums = rows.reshape(-1, apart).cumsum(axis=0).ravel()  # of all at such places up to the one before
+    last = np.arange(before * apart, len(since))
+    return float((before * since[last] - sums[last] + sums[last - before * apart]).min())

@@ -19,6 +19,7 @@ Percentiles and means over requests never fall when every request's value is rep
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -330,7 +331,12 @@ def may_preempt(settings: EngineSettings, blocks: int, trace: Trace, requests: i
         return False
     seats = len(trace) if settings.scheduler.seats_per_stage else settings.max_num_seqs
     at_once = min(seats, len(trace), requests or len(trace), trace.concurrency or len(trace))
-    return _most_blocks(trace, settings)[at_once - 1] > blocks
+    return at_once >= fewest_to_fill(settings, blocks, trace)
+
+
+def fewest_to_fill(settings: EngineSettings, blocks: int, trace: Trace) -> int:
+    """Fewest requests of a trace that may need more KV blocks than there are: with less there nobody is preempted."""
+    return bisect_right(_most_blocks(trace, settings), blocks) + 1
 
 
 @lru_cache(maxsize=32)

@@ -61,6 +61,7 @@ class Replicas:
     """A branch: one cut, with numbers of replicas in the order of their bounds."""
 
     part: Part
+    facts: Facts
     plan: Plan
     gpu: str | None
     replicas: tuple[int, ...]
@@ -72,11 +73,19 @@ class Replicas:
 
     def child(self, place: int) -> Leaf:
         plan = self.plan.times(self.replicas[place])
-        return Leaf(deployment=Deployment.of(plan, self.gpu), bound=self.bounds[place], late=self._decided)
+        deployment, bound = Deployment.of(plan, self.gpu), self.bounds[place]
+        if self.late is None:
+            return Leaf(deployment=deployment, bound=bound)
+        return Leaf(deployment=deployment, bound=bound, late=self._decided, closer=self._closer)
 
     def _decided(self, deployment: Deployment) -> Deployment | None:
-        plan = deployment.plan if self.late is None else self.late(deployment.plan)
+        assert self.late is not None  # only then is something decided late
+        plan = self.late(deployment.plan)
         return None if plan is None else Deployment.of(plan, self.gpu)
+
+    def _closer(self, deployment: Deployment) -> Costs:
+        """What the plan cannot cost less than, whose memory is known once its layers are moved."""
+        return self.facts.bounds(deployment.plan)[0]
 
 
 def bounds_of(facts: Facts, cut: tuple[Plan, Sequence[int], bool]) -> tuple[list[_Kept], int]:
@@ -125,7 +134,7 @@ def replicas_of(
         kept, lost = next(found)
         part.out_of_reach += lost
         for replicas, bounds in kept:
-            yield Replicas(part=part, plan=cut, gpu=gpu, replicas=replicas, bounds=bounds, late=late)
+            yield Replicas(part=part, facts=facts, plan=cut, gpu=gpu, replicas=replicas, bounds=bounds, late=late)
 
 
 class Single:
