@@ -79,6 +79,7 @@ class Facts:
         self._loads: dict[tuple[Any, ...], tuple[float, Load | None]] = {}
         self._crowdings: dict[tuple[Any, ...], Crowding] = {}
         self._memory: dict[tuple[Any, ...], tuple[StageMemory, ...]] = {}
+        self._sure: dict[tuple[Any, ...], int] = {}
         instance = problem.instance()
         self._needed, self._held = instance.blocks_needed, instance.held
         self.generated = problem.trace.generated(problem.settings.max_model_len)
@@ -331,16 +332,20 @@ class Facts:
         return self._crowdings[key]
 
     def _sure_blocks(self, plan: Plan, movable: bool) -> int:
-        """KV blocks that a scheduler has at least, however the layers are moved."""
-        memory, problem = self.memory(plan), self.problem
-        blocks = kv_blocks(memory)
-        if movable and plan.on:
-            blocks = 0  # how full a stage can be is known once the layers are split
-        elif movable:
-            # The split sought is no heavier than the even one, where that one fits.
-            fits = blocks >= self._needed(plan)
-            blocks = least_blocks(problem.model, plan, memory, problem.settings_for(plan), self._held) if fits else 0
-        return blocks * plan.attention.dp // schedulers(problem.settings, plan)
+        """KV blocks that a scheduler has at least, however the layers are moved, with any number of replicas."""
+        key = plan.cut, plan.layers, movable
+        if key not in self._sure:
+            memory, problem = self.memory(plan), self.problem
+            blocks = kv_blocks(memory)
+            if movable and plan.on:
+                blocks = 0  # how full a stage can be is known once the layers are split
+            elif movable:
+                # The split sought is no heavier than the even one, where that one fits.
+                fits = blocks >= self._needed(plan)
+                settings = problem.settings_for(plan)
+                blocks = least_blocks(problem.model, plan, memory, settings, self._held) if fits else 0
+            self._sure[key] = blocks * plan.attention.dp // schedulers(problem.settings, plan)
+        return self._sure[key]
 
     def _minds(self, plan: Plan) -> bool:
         """Whether what bounds say depends on who may be preempted."""

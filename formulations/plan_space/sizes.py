@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from apex_opt.ir.cells import Cut
@@ -15,20 +17,25 @@ from apex_opt.ir.formats import FORMATS, get_format
 from apex_opt.plans.drafts import draft_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from apex_opt.evaluate import Instance
     from apex_opt.ir.cells import Matrix
-    from apex_opt.ir.model import Block
+    from apex_opt.ir.model import Block, Model
     from apex_opt.plans.speculation import Drafter
 
 
-def kinds(instance: Instance) -> dict[Block, int]:
+def kinds(instance: Instance) -> Mapping[Block, int]:
     """Blocks that differ in what they take, each with its number of layers, in the order in which they first come."""
+    return _kinds(instance.model)
+
+
+@lru_cache(maxsize=16)
+def _kinds(model: Model) -> Mapping[Block, int]:
     layers: Counter[Block] = Counter()
-    for run in instance.model.runs:
+    for run in model.runs:
         layers[kind(run.block)] += run.count
-    return layers
+    return MappingProxyType(layers)
 
 
 def kind(block: Block) -> Block:
