@@ -196,14 +196,14 @@ class StageCosts:
     def drafting(self, cut: Plan) -> int:
         """Kernels that make drafts beside a prompt and are launched one by one.
 
-        TensorRT-LLM makes all drafts in the forward itself, which runs from a graph only where all decode. Others run
-        the first pass so, and those after it from graphs or with the next step (`eagle_worker.py` of SGLang 0.5,
-        `v1/spec_decode/eagle.py` of vLLM 0.20.2).
+        TensorRT-LLM makes all drafts in the forward itself, which runs from a graph only where all decode. SGLang runs
+        the first pass so, and the others with the next step (`eagle_worker.py` of 0.5). Those of vLLM are left out, as
+        nothing of it was measured with drafts.
         """
-        if cut.speculation is None:
-            return 0
         own = self.settings.scheduler
-        passes = cut.speculation.draft_tokens if own.launches and own.drafts_at_once else 1
+        if cut.speculation is None or not own.launches:
+            return 0
+        passes = cut.speculation.draft_tokens if own.drafts_at_once else 1
         return self.operations.drafting(self.model, cut.speculation, cut.attention, cut.ffn, passes=passes)
 
     def launched(self, law: BatchLaw, kernels: int) -> BatchLaw:
