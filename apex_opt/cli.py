@@ -304,6 +304,8 @@ def _main(words: list[str]) -> int:
         )
     try:
         put(_form(request, result))
+        if request.shown.format == "csv" and not result.found and (why := getattr(result.document, "reason", None)):
+            print(f"{result.status}: {why}", file=sys.stderr)  # rows have no place for it
     finally:
         # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         with progress:
@@ -354,8 +356,15 @@ def _check_files(request: Request) -> None:
         if request.saved is not None and path.absolute().is_relative_to(request.saved.absolute()):
             raise UsageError(f"--{option}={path}: is in the folder that --save writes; name a path outside it")
     plans = getattr(request.arguments, "plan", None)
-    if isinstance(plans, tuple) and (asked := [name for name in ("requests", "timeline") if name in outputs]):
-        raise UsageError(f"--{asked[0]}: is for one plan, and {len(plans)} are given; leave it out, or give one --plan")
+    single = [name for name in ("requests", "timeline") if name in outputs] + ["save"] * (request.saved is not None)
+    if isinstance(plans, tuple) and single:
+        raise UsageError(
+            f"--{single[0]}: is for one plan, and {len(plans)} are given; leave it out, or give one --plan"
+        )
+    if request.saved is not None:
+        from apex_opt.launch.saved import check_started
+
+        check_started(request.saved, request.arguments)
     if outputs:
         from apex_opt.outputs import check_outputs
 

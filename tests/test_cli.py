@@ -454,13 +454,22 @@ def test_several_plans_stand_side_by_side_each_as_it_is_alone() -> None:
     assert (lone.code, json.loads(lone.out)["status"]) == (3, "infeasible")
 
 
+def test_rows_of_no_plan_come_with_the_reason_beside() -> None:
+    code, out, error = run("plan", "--cluster=1xh100-sxm", CHEAP[2], "--format=csv")
+    assert (code, out) == (3, "")
+    assert error.splitlines()[-1].startswith("infeasible: no plan is feasible: memory: ")
+    code, out, error = run("simulate", *CHEAP, "--plan=tp8", "--format=csv")
+    assert (code, out) == (3, "")
+    assert "devices" in error.splitlines()[-1]
+
+
 def test_several_plans_are_started_one_after_the_other_and_have_no_files_of_their_own(tmp_path: Path) -> None:
     words = ("simulate", *CHEAP, "--plan=tp2", "--plan=dp2")
     ran = run(*words, "--emit")
     assert ran.code == 0
     assert ran.out.count("Launch (vllm)") == 2
     assert ran.out.count("vllm serve") == 3
-    for option, name in (("requests", "a.csv"), ("timeline", "a.json")):
+    for option, name in (("requests", "a.csv"), ("timeline", "a.json"), ("save", "new")):
         assert f"--{option}: is for one plan, and 2 are given" in refused(*words, f"--{option}={tmp_path}/{name}")
     assert not list(tmp_path.iterdir())
     assert "'tp2 bf16' is attn(tp2) ffn(tp2) bf16, which is given before" in refused(*words, "--plan=tp2 bf16")

@@ -282,6 +282,21 @@ def test_a_plan_that_nothing_starts_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("plan", "--overlap=nano_batches"), "vLLM 0.20 does not run overlap=nano_batches"),
+        (("simulate", "--plan=tp8 overlap=nano_batches"), "vLLM 0.20 does not run overlap=nano_batches"),
+        (("plan", "--serving=shared"), "vLLM 0.20 does not compute prompts and answers side by side"),
+    ],
+)
+def test_what_nothing_starts_is_refused_before_the_work(words: tuple[str, ...], why: str, tmp_path: Path) -> None:
+    done = run(*words, "--runnable=any", f"--save={tmp_path / 'new'}", cwd=tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert len(done.err.splitlines()) == 1  # nothing is said of searching
+    assert f"new: nothing would start it: {why}" in done.err
+
+
 def test_an_answer_is_saved_with_its_certificate(tmp_path: Path) -> None:
     done = ONCE.run("simulate", "--plan", "dp2 tp4", "--save", str(tmp_path / "new"))
     assert done.code == 0

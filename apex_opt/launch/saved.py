@@ -17,6 +17,8 @@ import shlex
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+from apex_opt.engines import ANY, load_kind
+from apex_opt.engines.overlap import NANO
 from apex_opt.errors import InputError
 from apex_opt.files import expanded, reason, there
 from apex_opt.launch.commands import HEAD, NGINX
@@ -61,6 +63,35 @@ def check_new(path: Path) -> None:
         raise InputError(f"--save {path}: is a link, in whose place a folder would be put; name the folder it leads to")
     if path.is_dir() and any(path.iterdir()):
         raise InputError(f"--save {path}: is there and not empty; name another folder, or empty it")
+
+
+def check_started(path: Path, ask: Any) -> None:
+    """Whether a command may start a plan of those that are asked for, before the work for it is done.
+
+    Parameters
+    ----------
+    path : Path          of the folder
+    ask : a dataclass    arguments of a command, of which those count that every plan has in common
+
+    Raises
+    ------
+    InputError    what no command of the engine starts
+    """
+    if getattr(ask, "runnable", None) != ANY:
+        return  # plans are then those that can be started
+    rules, plan = load_kind(ask.engine).rules, str(getattr(ask, "plan", "")).lower()
+    named = re.findall(r"\boverlap=(\w+)", plan) or [name.strip() for name in ask.overlap.split(",")]
+    if set(named) == {NANO}:
+        raise InputError(
+            f"--save {path}: nothing would start it: {rules.release} does not run overlap={NANO}; leave --save out, or "
+            "choose another overlap"
+        )
+    shared = "share=" in plan or ask.serving.strip() == "shared"
+    if shared and not rules.multiplexes:
+        raise InputError(
+            f"--save {path}: nothing would start it: {rules.release} does not compute prompts and answers side by side "
+            "(serving=shared); leave --save out, or serve otherwise"
+        )
 
 
 def save(
