@@ -367,6 +367,7 @@ def _settings(
     runnable = _rules(ask, kind)
     if runnable is not None and "block_size" not in asked:
         common["block_size"] = runnable.block_size(model, common["block_size"], _runs(ask, model, gpus))
+    _check_least(ask, least, splits=scheduler.splits_prompts and not model.sees_whole_prompts)
     limits = _batch_limits(common.pop("max_num_seqs"), common.pop("max_num_batched_tokens"), least)
     _check_own(limits[0], asked, kind)
     settings = EngineSettings(
@@ -487,7 +488,7 @@ def _batch_limits(
 ) -> list[tuple[int, int]]:
     """Pairs of limits of a batch to choose from, those without room for a token of every sequence left out.
 
-    Where prompts are not split a batch must take the longest one, so the limit on tokens is no less.
+    Where prompts are not split a batch must take the longest one, so the engine's own limit on tokens is no less.
 
     Parameters
     ----------
@@ -504,6 +505,25 @@ def _batch_limits(
     pairs = [(one, limit) for one in all_seqs for limit in all_tokens]
     # With no pair left the settings say what is wrong with the widest.
     return [pair for pair in pairs if pair[0] <= pair[1]] or [(min(all_seqs), max(all_tokens))]
+
+
+def _check_least(ask: Ask, least: int, *, splits: bool) -> None:
+    """Refuse limits on the tokens of a batch that were asked for and have no room for a whole prompt.
+
+    Parameters
+    ----------
+    ask
+    least : int      tokens that a batch must take; more than 0 where prompts are not split
+    splits : bool    whether prompts could be split
+    """
+    asked = () if ask.max_num_batched_tokens is None else _several(ask.max_num_batched_tokens)
+    for limit in asked:
+        if limit < min(least, LARGEST_BATCH):
+            more = ", or leave --chunked_prefill=false out" if splits else ""
+            raise UsageError(
+                f"--max_num_batched_tokens: {limit} has no room for the {least} tokens that a batch must take here, as "
+                f"prompts are not split; give {least} or more{more}"
+            )
 
 
 def _check_own(limits: tuple[int, int], asked: Mapping[str, object], kind: EngineKind) -> None:

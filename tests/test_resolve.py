@@ -161,6 +161,19 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
     assert resolve(options(max_model_len=20_000)).settings.max_num_batched_tokens == 8192
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm", "orca", "static"])
+def test_a_limit_of_a_batch_that_was_asked_for_is_kept_or_refused_when_prompts_are_whole(engine: str) -> None:
+    given = {"engine": engine, "chunked_prefill": False, "trace": "static:n=2,prompt=512,output=128", "max_num_seqs": 8}
+    with pytest.raises(
+        UsageError, match=r"--max_num_batched_tokens: 100 has no room for the (512|640) tokens"
+    ) as refused:
+        resolve(options(**given, max_num_batched_tokens=100))
+    assert ("--chunked_prefill" in str(refused.value)) == (engine not in ("orca", "static"))
+    with pytest.raises(UsageError, match="--max_num_batched_tokens: 100 has no room"):
+        resolve(options(**given, max_num_batched_tokens=(4096, 100)))
+    assert resolve(options(**given, max_num_batched_tokens=640)).settings.max_num_batched_tokens == 640
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
