@@ -130,7 +130,7 @@ class Option:
             values = tuple(one.read(part) for part in parts)
             if self.kind is not str and len(set(values)) < len(values):
                 raise UsageError(f"--{self.name}: {value!r:.60} names a value twice")
-            return values
+            return values if len(values) > 1 else values[0]
         if self.kind is str:
             return self._text(value)
         if isinstance(value, str):
@@ -142,10 +142,10 @@ class Option:
         return value
 
     def _parts(self, value: Any) -> Sequence[Any]:
-        """Several values, as a tuple or, of numbers, as a text with commas between them; empty where it is one."""
-        if isinstance(value, str) and self.kind is not str:
-            value = tuple(part.strip() for part in value.split(","))
-        return value if isinstance(value, tuple) and (len(value) > 1 or self.kind is str) else ()
+        """Values of a tuple or a list or, of numbers, of a text with commas between them; empty where it is neither."""
+        if isinstance(value, str) and self.kind is not str and "," in value:
+            value = [part.strip() for part in value.split(",")]
+        return value if isinstance(value, tuple | list) else ()
 
     def _text(self, value: Any) -> str:
         """A text that is not empty, one of the choices where there are any."""

@@ -108,7 +108,11 @@ def test_numbers_are_refused_unless_spelled_as_such(option: object, text: str) -
 def test_several_values_are_a_tuple_each_checked_and_none_twice() -> None:
     option = PLAN.option("max_num_seqs")
     assert option.read("64, 256,1024") == (64, 256, 1024)
-    assert option.read((64, 256)) == (64, 256)
+    assert option.read((64, 256)) == option.read([64, 256]) == (64, 256)
+    assert option.read((64,)) == option.read([64]) == 64
+    for value in ((), [], (64, 256.0), ([64],), (True,)):
+        with pytest.raises(UsageError, match="--max_num_seqs: expected int, got "):
+            option.read(value)
     assert option.read("64") == 64
     for text, fault in (("64,64", "twice"), ("64,0", "between 1 and"), ("64,x", "expected a whole number")):
         with pytest.raises(UsageError, match=f"--max_num_seqs: .*{fault}"):
@@ -362,6 +366,8 @@ def test_an_option_that_may_come_again_is_a_tuple_where_it_does() -> None:
     assert words == ["simulate", """--plan=('tp8', 'dp2 tp4', "a,'b'")"""]
     assert arranged(["simulate", "--plan=tp8"]) == ["simulate", "--plan='tp8'"]
     assert method("simulate")(None, plan=("tp8", "dp2")).arguments.plan == ("tp8", "dp2")
+    assert method("simulate")(None, plan=["tp8", "dp2"]).arguments.plan == ("tp8", "dp2")
+    assert method("simulate")(None, plan=["tp8"]).arguments.plan == "tp8"
     with pytest.raises(UsageError, match="--plan: needs a value, got an empty text"):
         method("simulate")(None, plan=("tp8", " "))
     with pytest.raises(UsageError, match="--plan: expected str"):
