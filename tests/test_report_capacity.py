@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,26 @@ def test_the_table_has_the_figures_of_the_document() -> None:
     assert f"{certificate['simulations']} simulations in all: every plan is accounted for" in flat
     assert "Assumed: goals that fail at a rate fail at every higher one." in flat
     assert "Latency" in lines
+
+
+@pytest.mark.parametrize("rate", [None, 2.0])
+def test_what_was_found_before_the_time_was_up_is_not_told_as_the_best(rate: float | None) -> None:
+    problem, _ = found()
+    if rate is None:
+        capacity = highest_rate(problem, PlanSpace(), time_limit_s=0.0)
+    else:
+        capacity = replace(found(rate)[1], ledger=highest_rate(problem, PlanSpace(), time_limit_s=0.0).ledger)
+    left = capacity.ledger.waiting
+    assert left > 0
+    shown = to_plain(capacity_document(problem, capacity, {"gemm": "measured"}))
+    better = "hold a higher rate" if rate is None else "be better"
+    note = f"--time_limit: {left} deployments left when the time was up may {better}; allow more time to know"
+    assert note in shown["notes"]
+    assert note not in document(rate)["notes"]
+    text = capacity_page(shown)
+    assert f"\n{'highest rate' if rate is None else 'fewest GPUs'} found so far: " in text
+    assert " sustained: " not in text
+    assert "so far" not in capacity_page(document(rate))
 
 
 def test_what_shows_that_the_rate_lasts_is_told() -> None:

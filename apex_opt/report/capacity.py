@@ -81,7 +81,18 @@ def capacity_document(problem: Problem, capacity: Capacity, provenance: Mapping[
         assumption=ASSUMPTION if capacity.asked_per_s is None else None,
         question=question_document(problem, words(problem.trace)),
         provenance=dict(provenance),
-        notes=problem.remarks,
+        notes=(*problem.remarks, *_about_left(capacity)),
+    )
+
+
+def _about_left(capacity: Capacity) -> tuple[str, ...]:
+    """That a better answer may be among what was left when the time was up."""
+    if not (capacity.plans and capacity.ledger.waiting):
+        return ()
+    better = "hold a higher rate" if capacity.asked_per_s is None else "be better"
+    return (
+        f"--time_limit: {count(capacity.ledger.waiting, 'deployment')} left when the time was up may {better}; allow "
+        "more time to know",
     )
 
 
@@ -167,9 +178,8 @@ def _draw(console: Console, document: Document) -> None:
         console.print(Text.assemble((document["status"], "bold red"), f": {document['reason']}\n"))
     else:
         highest = document["asked"]["rate_per_s"] is None
-        console.print(
-            Text.assemble(f"{document['asked']['for']}{' sustained' * highest}: ", *_headline(document, best))
-        )
+        so_far = " found so far" if not document["certificate"]["complete"] else " sustained" * highest
+        console.print(Text.assemble(f"{document['asked']['for']}{so_far}: ", *_headline(document, best)))
         console.print(f"{_ends(document, best)}\n")
         _plans(console, document)
         if "parts" in best:
