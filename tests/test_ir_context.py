@@ -89,6 +89,18 @@ def test_the_least_of_several_lengths_holds() -> None:
             {"max_position_embeddings": 2**30, "rope_scaling": {"factor": 2**30}},
             "makes a context of 115292150460",
         ),
+        *(
+            (
+                {
+                    "max_position_embeddings": 8,
+                    "model_type": kind,
+                    "rope_scaling": {"type": "linear", "factor": factor},
+                },
+                "rope_scaling.factor must be a number above 0",
+            )
+            for kind in ("llama", "gemma3_text")
+            for factor in (float("nan"), float("inf"), -1, 10**400)
+        ),
         ({"max_position_embeddings": 8, "rope_scaling": {"factor": 0.01}}, "makes a context of 0 tokens"),
         (
             {"max_position_embeddings": 8, "rope_scaling": {"type": "yarn", "original_max_position_embeddings": 0}},

@@ -42,8 +42,7 @@ def context_limit(fields: Fields) -> int:
         length = min(length, fields.count(key, default=length))
     if not length:
         return 0
-    if _SCALED in fields.text("model_type"):
-        return length
+    stated = length
     key, kinds, nested = _scalings(fields)
     factor = 1.0
     for kind in kinds.values() if nested else (kinds,):
@@ -69,7 +68,7 @@ def context_limit(fields: Fields) -> int:
     if length and not 1 <= limit <= MAX_COUNT:
         fields.fault(f"{key}.factor", f"makes a context of {limit} tokens; it must be from 1 to {MAX_COUNT}")
         return 0
-    return limit
+    return stated if _SCALED in fields.text("model_type") else limit
 
 
 def _scalings(fields: Fields) -> tuple[str, Mapping[str, Any], bool]:

@@ -86,7 +86,11 @@ class Fields:
         return self.prefix + printed(self.own_names.get(key, key))
 
     def fault(self, key: str, text: str) -> None:
-        self.faults.append(f"{self.name(key)} {text}")
+        """Note what is wrong with a field; one that is told to be something else than it must be is not missing."""
+        name = self.name(key)
+        if text.startswith(MISSING) and any(fault.startswith(f"{name} must be ") for fault in self.faults):
+            return
+        self.faults.append(f"{name} {text}")
 
     def count(self, key: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_COUNT) -> int:
         """A whole number, checked; a fault is noted and 0 given where it is none.

@@ -88,7 +88,7 @@ def _adjusted(fields: Fields) -> int:
     if factor is None:
         factor = 1.0
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 100:
-        fields.fault("block_ffn_dim_multiplier", f"must be a number above 0, not {shown(factor)}")
+        fields.fault("block_ffn_dim_multiplier", f"must be a number above 0 and below 100, not {shown(factor)}")
         return 0
     columns = int(factor * int(2 * columns / 3))
     return columns + -columns % (multiple or 1)

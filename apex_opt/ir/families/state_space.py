@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def _inner(fields: Fields, hidden: int, expand: str, heads: int, head_dim: int, names: tuple[str, str]) -> None:
     """Check that heads make up so many times the hidden width."""
     factor = fields.get(expand, 2)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor <= 0:
-        fields.fault(expand, f"must be a number above 0, not {shown(factor)}")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < 100:
+        fields.fault(expand, f"must be a number above 0 and below 100, not {shown(factor)}")
     elif heads and head_dim and hidden and heads * head_dim != int(factor * hidden):
         told = f"{expand} times hidden_size is {int(factor * hidden)}"
         fields.fault(names[0], f"{heads} times {names[1]} {head_dim} is {heads * head_dim}, but {told}")
@@ -93,6 +93,7 @@ def read_granite(fields: Fields, size: Sizes) -> Layers:
     refuse(fields, "position_embedding_type", "nope", "rope")
     refuse(fields, "normalization_function", "rmsnorm")
     experts, shared = fields.count("num_local_experts", default=0, minimum=0), fields.count("shared_intermediate_size")
+    rotary = fields.text("position_embedding_type") == "rope"
     routed: dict[str, Any] = {}
     if experts:
         routed = {
@@ -109,7 +110,7 @@ def read_granite(fields: Fields, size: Sizes) -> Layers:
             hidden=size.hidden,
             qkv_bias=attention_bias,
             output_bias=attention_bias,
-            rotary=fields.get("position_embedding_type") == "rope",
+            rotary=rotary,
             **heads,
         ),
         "mamba": Mamba2(hidden=size.hidden, **mamba),
