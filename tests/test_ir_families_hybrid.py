@@ -218,11 +218,23 @@ def test_pruned_layers_have_fewer_heads_narrower_ffns_a_matrix_or_nothing() -> N
         ),
         (KIMI_LINEAR, {"num_experts_per_token": 500}, "num_experts_per_token 500 is above num_experts 256"),
         (NANO, {"hybrid_override_pattern": "MX" * 26}, "hybrid_override_pattern may hold M and .*, not 'X'"),
+        (
+            NANO,
+            {"num_hidden_layers": None, "hybrid_override_pattern": "M" * 5000},
+            "num_hidden_layers must be a whole number from 1 to 4096, not 5000$",
+        ),
         (NANO, {"num_hidden_layers": 50}, "hybrid_override_pattern has 52 entries for num_hidden_layers 50"),
         (NANO, {"mlp_hidden_act": "silu"}, "mlp_hidden_act 'silu' is not supported; supported: relu2"),
         (NANO, {"mamba_num_heads": 60}, "mamba_num_heads 60 is not a multiple of n_groups 8"),
         (MAMBA2, {"num_heads": 64}, "num_heads 64 times head_dim 64 is 4096, but expand times hidden_size is 8192"),
+        *(
+            (config, {key: factor}, f"{key} must be a number above 0 and below 100, not ")
+            for config, key in ((MAMBA2, "expand"), (GRANITE, "mamba_expand"), (LFM2, "block_ffn_dim_multiplier"))
+            for factor in (float("nan"), float("inf"), 0, 10**400)
+        ),
+        (GRANITE, {"position_embedding_type": ["rope"]}, r"position_embedding_type must be text, not \['rope'\]"),
         (GRANITE, {"layer_types": None}, "layer_types is missing"),
+        (GRANITE, {"layer_types": 7}, "layer_types must be a list, not 7$"),
         (GRANITE, {"num_experts_per_tok": 80}, "num_experts_per_tok must be a whole number from 1 to 72"),
         (JAMBA, {"mamba_d_conv": 0}, "mamba_d_conv must be a whole number"),
         (MINIMAX, {"attn_type_list": [2] * 80}, "attn_type_list may hold 0"),

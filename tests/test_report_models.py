@@ -76,6 +76,43 @@ def test_a_file_of_a_type_that_is_not_known_is_told_field_by_field(tmp_path: Pat
     assert "By the fields of qwen3_moe, the family nearest to it" in page and "attention_sink_size" in page
 
 
+@pytest.mark.parametrize("model_type", ["x", "", [[]], {"a": []}, True, 0, 10**18])
+@pytest.mark.parametrize("name", ["glm-5.2", "dbrx"])
+def test_a_type_that_names_no_family_is_told_in_one_line_and_field_by_field(
+    name: str, model_type: object, tmp_path: Path
+) -> None:
+    refused = apex_opt.models(supports=write(tmp_path, name, model_type=model_type))
+    document, page = refused.to_dict(), refused.page()
+    assert not document["own_family"] and "model_type" in document["reason"] and "\n" not in document["reason"]
+    odd = {key for key, text in document["fields"].items() if text not in ("read", "changes nothing")}
+    assert odd == (set() if isinstance(model_type, str) else {"model_type"})
+    if not odd:
+        assert f"All fields of its decoder are those of {document['nearest']}, the family nearest to it: " in page
+    assert (" 1 changes nothing" if name == "dbrx" else " change nothing") in page
+
+
+def test_a_class_that_is_not_the_family_s_is_told_among_the_fields(tmp_path: Path) -> None:
+    refused = apex_opt.models(supports=write(tmp_path, "dbrx", architectures=["DbrxNewForCausalLM"]))
+    assert refused.to_dict()["fields"]["architectures"] == "has no class of dbrx"
+    assert "By the fields of dbrx, its family, " in refused.page()
+
+
+def test_a_decoder_without_a_type_is_told_by_that_of_the_file_around_it(tmp_path: Path) -> None:
+    config = json.loads((CASES / "models" / "qwen3-vl-2b.json").read_text())
+    del config["text_config"]["model_type"]
+    (file := tmp_path / "vl.json").write_text(json.dumps(config))
+    refused = apex_opt.models(supports=str(file)).to_dict()
+    assert refused["nearest"] == "qwen3_vl_text" and refused["own_family"] is True
+    assert refused["fields"]["model_type"] == "is missing" and "give 'qwen3_vl_text'" in refused["reason"]
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "x"}, {"a": 1}])
+def test_a_file_without_a_field_of_a_decoder_has_no_nearest_family(config: dict[str, object], tmp_path: Path) -> None:
+    (file := tmp_path / "empty.json").write_text(json.dumps(config))
+    refused = apex_opt.models(supports=str(file)).to_dict()
+    assert refused["status"] == "refused" and "nearest" not in refused and "fields" not in refused
+
+
 def test_a_file_of_a_known_type_is_told_by_the_fields_of_its_own(tmp_path: Path) -> None:
     refused = apex_opt.models(supports=write(tmp_path, "dbrx", window_kind="far")).to_dict()
     assert refused["nearest"] == "dbrx" and refused["fields"]["window_kind"] == "not understood"

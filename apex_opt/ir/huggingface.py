@@ -18,9 +18,10 @@ from apex_opt.errors import InputError, join_faults
 from apex_opt.files import json_kind, read_json, there
 from apex_opt.ir.checks import count_fault, shown
 from apex_opt.ir.context import LENGTHS, angle_positions, context_limit
-from apex_opt.ir.families import FAMILIES, SUPPORTED_MODEL_TYPES, Family, Layers, Sizes
+from apex_opt.ir.families import FAMILIES, Family, Layers, Sizes
 from apex_opt.ir.families.towers import read_tower
-from apex_opt.ir.fields import Fields
+from apex_opt.ir.fields import MISSING, Fields
+from apex_opt.ir.kinds import class_fits, family_of, own_family, refuse_odd_kinds, stated_family, text_type
 from apex_opt.ir.model import MAX_LAYERS, Block, Model, Run
 from apex_opt.ir.patterns import PatternError
 from apex_opt.ir.per_layer import read_layers
@@ -61,21 +62,8 @@ _TEXT: Final = ("text_config", "llm_config", "language_config")
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 """What files call the number of routed experts: which of these depends on the family and on what saved the file."""
 
-_CLASSES: Final = frozenset(
-    name.replace("_", "").lower()
-    for name in (
-        *(family.architecture for family in FAMILIES.values()),
-        *("Step3p7FlashForCausalLM", "MiniMaxM3VLForCausalLM"),
-    )
-)
-"""Classes of the families, as `_spelled_alike` has them."""
-
 _REAL_SIZES: Final = {"hidden_size": 2048, "vocab_size": 30_000}
 """Sizes from which a model of one layer is a draft head under the name of its model, as those of EAGLE are."""
-_READ: Final = "docs/models.md lists those that are"
-_LONGEST_TYPE: Final = 60
-_NEAR: Final = 0.75
-"""Likeness from which a model_type may be another one misspelt: less is shared by unrelated names."""
 _MOST_PARAMETERS: Final = 10**15
 """Weights of the largest model taken for real, far from where bytes of a plan leave the integers of a program."""
 _LONGEST_SIDE: Final = 2**28
@@ -155,12 +143,13 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
     InputError          an unsupported model_type; or all faults of the fields at once
     """
     whole, config = config, _thinker(config)
+    refuse_odd_kinds((whole, config), source)
     _refuse_draft_heads(config, source)
     fields, wrapped = _text_part(config, source)
     file = source
     if wrapped:
         source += f" ({wrapped})"
-    found = _reading(fields, _family(fields, bool(wrapped), source), bool(wrapped))
+    found = _reading(fields, family_of(fields, text_type(config, wrapped), source, bool(wrapped)), bool(wrapped))
     family, fields, size, layers, quantisation = found[:5]
     if fields.faults:
         raise join_faults(source, list(dict.fromkeys(fields.faults)))
@@ -241,7 +230,7 @@ def _reading(fields: Fields, family: Family, wrapped: bool) -> _Reading:
     entries = next((len(rows) for rows in listed if rows and isinstance(rows, list | str)), None)
     size = Sizes(
         hidden=fields.count("hidden_size"),
-        layers=fields.count("num_hidden_layers", default=entries, maximum=MAX_LAYERS),
+        layers=fields.filled({"num_hidden_layers": entries}).count("num_hidden_layers", maximum=MAX_LAYERS),
         vocab=fields.count("vocab_size"),
     )
     max_position = context_limit(fields)
@@ -255,7 +244,7 @@ def _reading(fields: Fields, family: Family, wrapped: bool) -> _Reading:
     return _Reading(family, fields, size, layers, quantisation, max_position, tied, dtype, mtp_layers, unknown)
 
 
-def told_by_field(config: Mapping[str, Any], source: str) -> tuple[str, dict[str, str]]:
+def told_by_field(config: Mapping[str, Any], source: str) -> tuple[str, bool, dict[str, str]]:
     """What is understood of a file that is not read, field by field.
 
     A file of a type that is not known is told as one of the family that would understand most of it, which is no claim
@@ -269,21 +258,26 @@ def told_by_field(config: Mapping[str, Any], source: str) -> tuple[str, dict[str
     Returns
     -------
     str             `model_type` of the family
+    bool            whether it is the file's own, not the one nearest to it
     dict            by field: "read", "changes nothing", "not understood", or what is wrong with it
 
     Raises
     ------
     InputError      the file has no decoder that could be looked at
     """
-    plain, wrapped = _text_part(_thinker(config), source)
+    config = _thinker(config)
+    plain, wrapped = _text_part(config, source)
     stated = {key: value for key, value in plain.values.items() if value not in (None, False, 0, "", [], {})}
-    own = stated.get("model_type")
-    names = [own] if isinstance(own, str) and own in FAMILIES else list(FAMILIES)
+    own = plain.values.get("model_type")
+    known = own_family(plain, text_type(config, wrapped))
+    names = [known] if known else list(FAMILIES)
     found = [(name, _reading(Fields(plain.values), FAMILIES[name], bool(wrapped))) for name in names]
 
-    def strange(entry: tuple[str, _Reading]) -> tuple[int, float]:
-        alike = difflib.SequenceMatcher(None, str(own), entry[0]).ratio()
-        return len(entry[1].unknown) + len(set(entry[1].fields.faults)), -alike
+    def strange(entry: tuple[str, _Reading]) -> tuple[int, float, int]:
+        name, reading = entry
+        alike = difflib.SequenceMatcher(None, own if isinstance(own, str) else "", name).ratio()
+        left_out = len(FAMILIES[name].defaults.keys() - plain.values.keys()) if wrapped else 0
+        return len(reading.unknown) + len(set(reading.fields.faults)), -alike, left_out
 
     name, reading = min(found, key=strange)
     unknown = {key for key, _ in reading.unknown}
@@ -291,9 +285,15 @@ def told_by_field(config: Mapping[str, Any], source: str) -> tuple[str, dict[str
         key: "not understood" if key in unknown else "read" if key in reading.fields.asked else "changes nothing"
         for key in stated
     }
+    if not known and "read" not in {text for key, text in told.items() if key != "model_type"}:
+        raise InputError(f"{source}: no field is one of a decoder; give a model's config.json")
+    if own is None and not stated_family(plain):
+        told["model_type"] = MISSING
+    if known and not wrapped and not class_fits(plain.get("architectures"), FAMILIES[known]):
+        told["architectures"] = f"has no class of {known}"
     told |= dict.fromkeys(unknown, "not understood")
     faults = (fault.partition(" ") for fault in dict.fromkeys(reading.fields.faults))
-    return name, told | {key: text for key, _, text in faults if key not in unknown}
+    return name, bool(known), told | {key: text for key, _, text in faults if key not in unknown}
 
 
 def _check_size(model: Model, fields: Fields, source: str) -> None:
@@ -348,7 +348,7 @@ def _unread(config: Mapping[str, Any], family: Family, tower: Tower | None) -> t
 def _mtp_layers(fields: Fields) -> int:
     """Layers of multi-token prediction in the checkpoint: see `_MTP_LAYERS`; 0 where the file states none."""
     stated = [fields.count(key, default=0, minimum=0, maximum=MAX_LAYERS) for key in _MTP_LAYERS]
-    return 1 if fields.get("model_type") in _MTP_UNSTATED else next(filter(None, stated), 0)
+    return 1 if fields.text("model_type") in _MTP_UNSTATED else next(filter(None, stated), 0)
 
 
 def _stored(quantisation: Quantisation, family: Family, layer: int, block: Block) -> tuple[Held | None, ...]:
@@ -431,53 +431,6 @@ def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, str]:
     if config.get("tie_word_embeddings") is not None:
         first["tie_word_embeddings"] = config["tie_word_embeddings"]
     return Fields({**inherited, **own, **first}), named
-
-
-def _family(fields: Fields, wrapped: bool, source: str) -> Family:
-    """The family of the model; an unsupported one ends the reading, as its other fields mean something else."""
-    model_type = fields.get("model_type")
-    architectures = fields.get("architectures")
-    if architectures is not None and not (
-        isinstance(architectures, list) and all(isinstance(entry, str) for entry in architectures)
-    ):
-        raise InputError(f"{source}: architectures must be a list of names, not {shown(architectures)}")
-    if model_type is None:
-        known = [key for key, family in FAMILIES.items() if family.architecture in (architectures or ())]
-        if not known:
-            raise InputError(f"{source}: model_type is missing and architectures names no known one; {_READ}")
-        return FAMILIES[known[0]]
-    if not isinstance(model_type, str):
-        raise InputError(f"{source}: model_type must be text, not {shown(model_type)}")
-    if model_type not in FAMILIES:
-        near = difflib.get_close_matches(model_type[:_LONGEST_TYPE], SUPPORTED_MODEL_TYPES, n=3, cutoff=_NEAR)
-        others = f"near it: {', '.join(near)}; " if near else ""
-        raise InputError(f"{source}: model_type {model_type!r:.60} is not supported; {others}{_READ}")
-    family = FAMILIES[model_type]
-    if architectures and not wrapped and not family.pools:
-        _check_class(architectures, family, source)
-    return family
-
-
-def _check_class(architectures: Sequence[str], family: Family, source: str) -> None:
-    """Refuse a class that generates no text, and one that is not known, as its layers may be others than its type's."""
-    own = _spelled_alike(family.architecture)
-    if any(
-        _spelled_alike(entry) == own or ("CausalLM" in entry and _spelled_alike(entry) in _CLASSES)
-        for entry in architectures
-    ):
-        return
-    named = f"{source}: architectures {', '.join(architectures)!r:.60}"
-    if not any("CausalLM" in entry for entry in architectures):
-        raise InputError(f"{named} generates no text; give a model whose architecture ends in ForCausalLM")
-    raise InputError(
-        f"{named} is not known, and engines go by it: its layers may be others than those of {family.architecture}; "
-        f"where they are not, give the file with that in its place"
-    )
-
-
-def _spelled_alike(architecture: str) -> str:
-    """The name of a class, which files spell with other capitals and underscores than engines do."""
-    return architecture.replace("_", "").lower()
 
 
 def _dtype(fields: Fields) -> str:

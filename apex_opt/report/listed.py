@@ -437,6 +437,7 @@ class Models(Document):
     asked: str | None = None
     reason: str | None = None
     nearest: str | None = None
+    own_family: bool | None = None
     fields: dict[str, str] | None = None
     runs: str | None = None
     models: tuple[ListedModel, ...]

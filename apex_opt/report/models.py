@@ -40,7 +40,9 @@ _GPU: Final = "h200-sxm"
 """The GPU of which most operations are measured."""
 _TOKENS: Final = 64
 """Largest batch that is priced to see where times come from."""
-_UNDERSTOOD: Final = ("read", "changes nothing")
+_READ: Final = "read"
+_IDLE: Final = "changes nothing"
+_UNDERSTOOD: Final = (_READ, _IDLE)
 """What is said of a field that is understood."""
 _OF_ALL: Final = ("power", "memory")
 """Figures of every model, which tell nothing of one."""
@@ -53,20 +55,20 @@ def models_document(asked: str | None) -> listed.Models:
     try:
         model = load_model(asked)
     except InputError as error:
-        nearest, fields = _told(asked)
+        nearest, own, fields = _told(asked)
         return listed.Models(
-            status="refused", asked=asked, reason=str(error), nearest=nearest, fields=fields, models=()
+            status="refused", asked=asked, reason=str(error), nearest=nearest, own_family=own, fields=fields, models=()
         )
     return listed.Models(status="read", asked=asked, runs=_runs(model), models=(model_row(model),))
 
 
-def _told(asked: str) -> tuple[str | None, dict[str, str] | None]:
-    """What is understood of a file that is not read, as the family that understands most; None where there is none."""
+def _told(asked: str) -> tuple[str | None, bool | None, dict[str, str] | None]:
+    """What is understood of a file that is not read, as `told_by_field` has it; None where there is no decoder."""
     try:
         config, _, source = find_config(asked)
         return told_by_field(config, source)
     except InputError:
-        return None, None
+        return None, None, None
 
 
 def model_row(model: Model) -> listed.ListedModel:
@@ -140,7 +142,7 @@ def models_page(document: Document) -> str:
             console.print(Text(f"{document['asked']} is not read."), soft_wrap=True)
             console.print(Text(document["reason"]), soft_wrap=True)
             if document.get("fields"):
-                _fields(console, document["nearest"], document["fields"])
+                _fields(console, document["nearest"], document["own_family"], document["fields"])
         elif document["status"] == "read":
             (row,) = document["models"]
             console.print(Text(f"{row['name']} is read."), soft_wrap=True)
@@ -155,14 +157,17 @@ def models_page(document: Document) -> str:
     return page(draw)
 
 
-def _fields(console: Console, nearest: str, fields: dict[str, str]) -> None:
+def _fields(console: Console, nearest: str, own: bool, fields: dict[str, str]) -> None:
     """How much of a file that is not read is understood, and each field that is not."""
     odd = [(name, text) for name, text in fields.items() if text not in _UNDERSTOOD]
-    if not odd:
-        return
     plain = Counter(text for text in fields.values() if text in _UNDERSTOOD)
-    counts = ", ".join(f"{plain[text]} {text}" for text in _UNDERSTOOD)
-    console.print(Text(f"By the fields of {nearest}, the family nearest to it, {counts}; the others:"))
+    idle = plain[_IDLE]
+    counts = f"{plain[_READ]} read, {idle} {'changes' if idle == 1 else 'change'} nothing"
+    family = f"{nearest}, {'its family' if own else 'the family nearest to it'}"
+    if not odd:
+        console.print(Text(f"All fields of its decoder are those of {family}: {counts}."), soft_wrap=True)
+        return
+    console.print(Text(f"By the fields of {family}, {counts}; the others:"), soft_wrap=True)
     table(console, "", ("field", ""), odd, left={0, 1})
 
 

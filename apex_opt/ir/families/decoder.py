@@ -120,7 +120,8 @@ class Decoder:
             sparse = sparse_layers(fields, size.layers) if self.experts_field else [False] * size.layers
         dense_ffn = moe_ffn = None
         fields.idle("intermediate_size")  # where there is no dense FFN
-        if not all(sparse) or not size.layers:
+        unsure = not size.layers and (not self.experts_field or fields.get("intermediate_size") is not None)
+        if not all(sparse) or unsure:
             usual = self.ffn_ratio * size.hidden if self.ffn_ratio else None
             intermediate = fields.count("intermediate_size", default=usual)
             bias = _fact(fields, "mlp_bias", self.mlp_bias)
@@ -253,11 +254,12 @@ def window_of_layers(
     spelled_out = kinds is not None or pattern > 0
     used = fields.flag("use_sliding_window", default=spelled_out or used_by == "always")
     full_layers = fields.count("max_window_layers", default=_QWEN_FULL_LAYERS if used_by == "opt-in" else 0, minimum=0)
+    faulty = not window and bool(fields.get("sliding_window"))
     if not used:
         window = 0
     if kinds is not None:
         slides = [kind == "sliding_attention" for kind in kinds]
-        if any(slides) and not window:
+        if any(slides) and not window and not faulty:
             fields.fault("layer_types", "has sliding_attention layers but sliding_window is missing or switched off")
     elif pattern:
         # Every pattern-th layer sees the whole context.

@@ -62,6 +62,8 @@ class Layered:
         mixtures = kinds_of(fields, "mlp_layer_types", size.layers, _MIXES)
         if mixtures is None:
             mixtures = sparse_layers(fields, size.layers) if self.ffns.experts_field else [False] * size.layers
+        if any(mixtures) and not self.ffns.experts_field:
+            fields.fault("mlp_layer_types", "has sparse layers, which this family does not have")
         ffns = self.ffns.ffns(fields, size, mixtures)
         bias = fields.flag("attention_bias")
         turned = self._turned(fields, windows)
