@@ -133,12 +133,13 @@ class Option:
             return values if len(values) > 1 else values[0]
         if self.kind is str:
             return self._text(value)
+        given = value
         if isinstance(value, str):
             value = self._spelled(value)
         if type(value) is not self.kind and not (self.kind is float and type(value) is int):
             raise UsageError(f"--{self.name}: expected {self.kind.__name__}, got {value!r:.60}")
         if self.kind is not bool and not self.param.least <= value <= self.param.most:
-            raise UsageError(f"--{self.name}: {_short(f'{value}')} is not {self._range}")
+            raise UsageError(f"--{self.name}: {_short(f'{given}')} is not {self._range}")
         return value
 
     def _parts(self, value: Any) -> Sequence[Any]:

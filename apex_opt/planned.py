@@ -10,7 +10,7 @@ from apex_opt.errors import UsageError
 from apex_opt.measured.clients import Deployed
 from apex_opt.plans.deployment import parse_deployment
 from apex_opt.plans.plan import default_kv_format
-from apex_opt.resolve import resolve, speculation_of
+from apex_opt.resolve import about_blind, resolve, speculation_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,7 +127,9 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
     named = tuple(dict.fromkeys(pool.plan.speculation for pool in pools))
     if named != problem.drafters:
         problem = _drafting(named, ask, problem)
-    problem = replace(problem, offers=tuple(offers.values()), batch_limits=((None, None),))
+    blind = () if ask.prefix_caching else about_blind(pool.plan.route for pool in pools if pool.plan.route is not None)
+    notes = tuple(dict.fromkeys((*problem.notes, *blind)))
+    problem = replace(problem, offers=tuple(offers.values()), batch_limits=((None, None),), notes=notes)
     return problem, replace(deployment, pools=tuple(pools))
 
 

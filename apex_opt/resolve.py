@@ -39,7 +39,7 @@ from apex_opt.workload.steady import at_rate, loops_of
 from apex_opt.workload.trace import MAX_REQUESTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from apex_opt.cluster.catalogue import Wired
     from apex_opt.cluster.types import Gpu, Link
@@ -136,6 +136,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
                 *notes,
                 "--acceptance has no effect where no drafts are made; --speculation=eagle:3 would make some",
             )
+    notes = (*notes, *_about_drafting_seats(ask, drafters))
     drafting, about = speculation_of(ask, settings, model, drafters)
     settings, notes = replace(settings, drafting=drafting), (*notes, *about)
     shares: tuple[Shares, ...] = ()
@@ -228,12 +229,7 @@ def _loaded(name: str, given: str | T, kind: type[T], load: Callable[[str], T]) 
 def _about_prefixes(ask: Ask, trace: Trace, routings: Sequence[Routing]) -> tuple[str, ...]:
     """What prefix caching has to say of a trace; refused where what its prompts contain is there but cannot be used."""
     if not ask.prefix_caching:
-        blind = [name for name in dict.fromkeys(routings) if name in SEES_PREFIXES]
-        return tuple(
-            f"--routing={name} deals by what caches hold, and they are off, so that nothing is saved; give "
-            "--prefix_caching=true"
-            for name in blind
-        )
+        return about_blind(routings)
     if trace.content is not None:
         return ()
     if trace.content_fault:
@@ -241,6 +237,16 @@ def _about_prefixes(ask: Ask, trace: Trace, routings: Sequence[Routing]) -> tupl
     return (
         f"--prefix_caching: trace {trace.name:.60} says nothing of what its prompts contain, so none is found in the "
         "cache; a trace with hash_ids does, or a description with prefix=(TOKENS,GROUPS)",
+    )
+
+
+def about_blind(routings: Iterable[Routing]) -> tuple[str, ...]:
+    """Of routers before replicas without prefix caches, which of them deal by what these would hold."""
+    return tuple(
+        f"--routing={name} deals by what caches hold, and they are off, so that nothing is saved; give "
+        "--prefix_caching=true"
+        for name in dict.fromkeys(routings)
+        if name in SEES_PREFIXES
     )
 
 
@@ -287,6 +293,20 @@ def _about_engines(ask: Ask, kind: EngineKind, model: Model) -> tuple[str, ...]:
     rules = _rules(ask, kind)
     text = rules.lacking(model.family) if rules is not None else ""
     return (f"runnable: {text}",) if text else ()
+
+
+def _about_drafting_seats(ask: Ask, drafters: Sequence[Drafter | None]) -> tuple[str, ...]:
+    """That SGLang's own limit where drafts are verified was asked for and does nothing."""
+    if "drafting_seats" not in (ask.engine_settings or ""):
+        return ()
+    if not any(drafters) and "spec=" not in str(getattr(ask, "plan", "")):
+        return (
+            "--engine_settings: drafting_seats has no effect where no drafts are made; --speculation=eagle:3 would "
+            "make some",
+        )
+    if ask.max_num_seqs is not None:
+        return ("--engine_settings: drafting_seats has no effect beside --max_num_seqs, which holds with drafts too",)
+    return ()
 
 
 def _about_chunks(ask: Ask, kind: EngineKind) -> tuple[str, ...]:
@@ -590,6 +610,10 @@ def _formats(ask: Ask, model: Model, gpu: Gpu) -> tuple[tuple[str, ...], tuple[s
     if ask.kv is None:
         return names, tuple(model.kv_format or default_kv_format(name) for name in names)
     kv = ask.kv.strip().lower()
+    if "," in kv:
+        raise UsageError(
+            f"--kv: {ask.kv!r:.60} names several formats, and it takes one of {', '.join(KV_BYTES)}; ask once for each"
+        )
     if kv not in KV_BYTES:
         raise UnknownNameError("KV format", ask.kv[:60], KV_BYTES)
     return names, (kv,) * len(names)

@@ -597,8 +597,8 @@ def test_the_highest_rate_of_one_plan_is_asked_for_by_its_text() -> None:
         ),
         ((*OPEN[:3], "--slo=throughput>=3"), "throughput>=3 moves with the rate itself"),
         (OPEN[:3], "capacity: needs --slo"),
-        ((*OPEN, "--rate=0"), "--rate: 0.0 is not between 1e-06 and 1000000"),
-        ((*OPEN, "--resolution=2"), "--resolution: 2.0 is not between 0.001 and 1"),
+        ((*OPEN, "--rate=0"), "--rate: 0 is not between 1e-06 and 1000000"),
+        ((*OPEN, "--resolution=2"), "--resolution: 2 is not between 0.001 and 1"),
     ],
 )
 def test_what_has_no_highest_rate_is_refused(words: tuple[str, ...], part: str) -> None:

@@ -93,7 +93,11 @@ def test_settings_of_a_scheduler_are_given_by_name() -> None:
         ("vllm", "long_prefill_token_threshold", "is not of the form name=value"),
         ("vllm", "", "is not of the form name=value"),
         ("vllm", "long_prefill_token_threshold=x", "long_prefill_token_threshold is a whole number, not 'x'"),
-        ("vllm", "long_prefill_token_threshold=-1", "long_prefill_token_threshold: -1 is not a whole number from 0"),
+        (
+            "vllm",
+            "long_prefill_token_threshold=-1",
+            "--engine_settings: long_prefill_token_threshold: -1 is not a whole number from 0",
+        ),
         ("vllm", "long_prefill_token_threshold=1,long_prefill_token_threshold=2", "is given twice"),
         ("orca", "long_prefill_token_threshold=1", "orca has no settings of its own"),
         *((name, "stream_interval=10", "stream_interval is not simulated") for name in ("vllm", "sglang", "trtllm")),

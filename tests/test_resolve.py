@@ -161,6 +161,30 @@ def test_without_chunking_a_batch_takes_the_longest_prompt() -> None:
     assert resolve(options(max_model_len=20_000)).settings.max_num_batched_tokens == 8192
 
 
+def test_a_router_of_a_plan_that_deals_by_caches_which_are_off_is_told_as_one_that_is_asked_for() -> None:
+    def told(text: str, **given: Any) -> list[str]:
+        notes = resolve_plan(text, SimulateAsk(**CHEAP | given, plan=text))[0].notes
+        return [note for note in notes if "deals by what caches hold" in note]
+
+    (note,) = told("dp2", routing="llm_d_kv")
+    assert told("dp2 route=llm_d_kv") == told("dp2 route=llm_d_kv", routing="llm_d_kv") == [note]
+    assert told("dp2 route=least_loaded") == told("dp2 route=llm_d_kv", prefix_caching=True) == []
+
+
+def test_seats_of_drafts_that_do_nothing_are_told() -> None:
+    given: dict[str, Any] = {"engine": "sglang", "engine_settings": "drafting_seats=4"}
+    drafts = {"speculation": "eagle:3", "acceptance": "0.7/0.5/0.3"}
+
+    def told(**more: Any) -> list[str]:
+        return [note for note in resolve(options(**given | more)).notes if "drafting_seats" in note]
+
+    (note,) = told()
+    assert "drafting_seats has no effect where no drafts are made" in note
+    (note,) = told(**drafts, max_num_seqs=16)
+    assert "drafting_seats has no effect beside --max_num_seqs" in note
+    assert told(**drafts) == told(engine_settings=None) == []
+
+
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm", "orca", "static"])
 def test_a_limit_of_a_batch_that_was_asked_for_is_kept_or_refused_when_prompts_are_whole(engine: str) -> None:
     given = {"engine": engine, "chunked_prefill": False, "trace": "static:n=2,prompt=512,output=128", "max_num_seqs": 8}
@@ -225,6 +249,7 @@ def test_a_limit_of_a_batch_that_was_asked_for_is_kept_or_refused_when_prompts_a
         ({"weights": "bf16,BF16"}, "names a format twice"),
         ({"weights": "bf16,w4a16+fp8"}, "--weights: w4a16+fp8 is a mix that only its own checkpoint has"),
         ({"kv": "int3"}, "unknown KV format 'int3'"),
+        ({"kv": "bf16,fp8"}, "--kv: 'bf16,fp8' names several formats, and it takes one of bf16, fp16, fp8; ask once"),
         ({"gpus": 9}, "--gpus: 9 is not between 1 and the 8 GPUs of 8xh100-sxm"),
         ({"max_model_len": 200_000}, "--max_model_len: 200000 is beyond the 131072 positions llama-3.1-8b is made for"),
         ({"max_num_seqs": 100, "max_num_batched_tokens": 99}, "max_num_batched_tokens 99 is below max_num_seqs 100:"),

@@ -112,7 +112,13 @@ class EngineKind:
         UsageError, UnknownNameError    what is no such text, names no setting, or a value that the setting refuses
         """
         own = {field.name: self.defaults[field.name].value for field in fields(self.scheduler)}
-        return self.scheduler(**own | self._given("engine_settings", "setting", text, own))
+        given = self._given("engine_settings", "setting", text, own)
+        try:
+            return self.scheduler(**own | given)
+        except UsageError as error:
+            if not given:
+                raise
+            raise UsageError(f"--engine_settings: {error}") from None
 
     def handing_over(self, text: str | None = None) -> HandoverTimes:
         """The times of handing a prompt over, some as given in a text such as `name=value,name=value`.
