@@ -322,15 +322,17 @@ _USUAL_BLOCK: Final = 16
 
 def _about_blocks(ask: Ask, kind: EngineKind, model: Model, gpus: Sequence[Gpu]) -> tuple[str, ...]:
     """That blocks of unusual sizes are computed by another kernel than the one whose times are known."""
-    if ask.block_size is None or not issubclass(kind.scheduler, VllmScheduling):
+    if ask.block_size is None:
         return ()
     fast = 1 if (rules := _rules(ask, kind)) is None else rules.kernel_block(model, _runs(ask, model, gpus))
     if ask.block_size % fast:
         return (
-            f"--block_size={ask.block_size}: the fastest kernels of latent attention there take multiples of {fast} "
-            "tokens; of others vLLM falls back to Triton's, which are slower than the times here",
+            f"--block_size={ask.block_size}: the fastest kernels of this attention on these GPUs take multiples of "
+            f"{fast} tokens; of others {kind.name} takes slower kernels than the times here are of, or rounds them up",
         )
-    if ask.block_size % _USUAL_BLOCK == 0:
+    # What an engine starts no blocks of is refused plan by plan.
+    usual = issubclass(kind.scheduler, VllmScheduling) and "latent" not in model.traits
+    if ask.block_size % _USUAL_BLOCK == 0 or not usual:
         return ()
     return (
         f"--block_size={ask.block_size}: vLLM's usual attention takes multiples of {_USUAL_BLOCK} tokens; of others it "

@@ -525,9 +525,20 @@ def test_blocks_are_those_that_the_attention_of_the_model_takes(model: str, engi
 
 
 def test_blocks_that_fall_back_to_a_slower_kernel_are_told() -> None:
-    for size, said in ((3, True), (16, False), (48, False)):
-        notes = resolve(options(block_size=size)).notes
-        assert any(note.startswith(f"--block_size={size}: ") for note in notes) == said
+    blackwell: dict[str, Any] = {"cluster": "8xb200"}
+    for changes, size, said in (
+        ({}, 3, "falls back to FlexAttention"),
+        ({}, 16, ""),
+        ({}, 48, ""),
+        (blackwell | {"model": "deepseek-v3"}, 16, "take multiples of 32 tokens; of others vllm takes slower"),
+        (blackwell | {"model": "deepseek-v3"}, 64, ""),
+        ({"model": "deepseek-v3"}, 1, ""),  # no plan starts, which is said of each
+        (blackwell | {"engine": "sglang"}, 1, "take multiples of 64 tokens; of others sglang takes slower"),
+        ({"engine": "sglang"}, 1, ""),
+    ):
+        told = [note for note in resolve(options(**changes, block_size=size)).notes if note.startswith("--block_size=")]
+        assert len(told) == bool(said)
+        assert said in "".join(told)
 
 
 def test_a_length_asked_for_is_one_that_the_cache_must_hold() -> None:
