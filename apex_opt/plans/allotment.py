@@ -124,7 +124,9 @@ def _allotted(model: Model, drafter: Drafter | None, tp: int, kv_format: str, te
     runs = (*model.runs, *(draft.runs if draft else ()))
     drafts = drafter.draft_tokens if drafter else 0
     cells = [run.block.attention for run in runs for _ in range(run.count)]
-    kept = [_entries(cell, tp, KV_BYTES[kv_format], drafts, terms) for cell in cells]
+    chunked = any(entry.chunked for cell in cells for entry in cell.cache() if not isinstance(entry, State))
+    whole = terms.hands_over or (chunked and drafter is not None and drafter.rules.recomputes)
+    kept = [_entries(cell, tp, KV_BYTES[kv_format], drafts, terms, whole=whole) for cell in cells]
     if not terms.grouped:
         pages = [sum(entry.page_bytes for entry in its if entry.kind != "state") for its in kept]
         states = [sum(entry.page_bytes for entry in its if entry.kind == "state") for its in kept]
@@ -135,12 +137,19 @@ def _allotted(model: Model, drafter: Drafter | None, tp: int, kv_format: str, te
             before=((0, *accumulate(pages)),),
             states_before=(0, *accumulate(states)) if any(states) else (),
         )
-    redone = drafter is not None and drafter.rules.recomputes and any(e.kind == "chunk" for its in kept for e in its)
-    return _in_groups(kept, terms, as_full=terms.hands_over or redone)
+    return _in_groups(kept, terms, as_full=whole)
 
 
-def _entries(cell: AttentionCell, tp: int, kv_bytes: int, drafts: int, terms: Terms) -> list[KvLayer]:
-    """What a layer keeps on one device."""
+def _entries(cell: AttentionCell, tp: int, kv_bytes: int, drafts: int, terms: Terms, *, whole: bool) -> list[KvLayer]:
+    """What a layer keeps on one device.
+
+    Parameters
+    ----------
+    cell : AttentionCell
+    tp, kv_bytes, drafts : int    shards, bytes of an element, tokens drafted at once
+    terms : Terms
+    whole : bool                  chunks are kept as if the layer saw all tokens
+    """
     found = []
     for kept in cell.cache(Cut(heads=tp)):
         if isinstance(kept, State):
@@ -153,7 +162,7 @@ def _entries(cell: AttentionCell, tp: int, kv_bytes: int, drafts: int, terms: Te
             blocks = ceil_div(kept.fixed_tokens, terms.block_size)
             found += [KvLayer(kind="state", block_size=size, page_bytes=page)] * blocks
             continue
-        window = kept.window or 0 if terms.grouped else 0
+        window = kept.window or 0 if terms.grouped and not (kept.chunked and whole) else 0
         found.append(
             KvLayer(
                 kind="full" if not window else "chunk" if kept.chunked else "window",

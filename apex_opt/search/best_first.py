@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import count
 from time import monotonic
@@ -67,8 +67,16 @@ class Leaf:
         deployment = self.late(self.deployment)
         if deployment is None:
             return None
-        bound = self.bound if self.closer is None else tuple(map(max, self.bound, self.closer(deployment)))
+        bound = self.bound
+        if self.closer is not None:
+            bound = tuple(max(pair) for pair in zip(bound, self.closer(deployment), strict=True))
         return Leaf(deployment=deployment, bound=bound)
+
+    def behind(self, *first: float) -> Leaf:
+        """The same where some costs that are known count before the others."""
+        closer = self.closer
+        after = None if closer is None else lambda deployment: (*first, *closer(deployment))
+        return replace(self, bound=(*first, *self.bound), closer=after)
 
 
 class Branch(Protocol):

@@ -211,7 +211,14 @@ class Facts:
         return tuple(bounds[0].tolist()), bool(possible[0])
 
     def alone(self, plan: Plan, *, movable: bool = False, calm: bool = False) -> Run:
-        """What no run of a plan can beat, as if each request were the only one; `calm`: none that preempts nobody."""
+        """What no run of a plan can beat, as if each request were the only one.
+
+        Parameters
+        ----------
+        plan : Plan
+        movable : bool    whether its layers may be moved
+        calm : bool       no run that preempts nobody, at least
+        """
         problem, layout = self.problem, self.costs.layouts_of(plan)
         overtaking = not calm and self._minds(plan) and self._gives_way(plan, self._sure_blocks(plan, movable))
         side = self.side(plan)  # whether anybody gives way depends on how many requests a replica has

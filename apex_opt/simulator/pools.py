@@ -55,7 +55,7 @@ class EnginePool:
     @property
     def resources(self) -> tuple[BatchLaw, ...]:
         """What is asked of each resource on the only stage; nothing where no two work at one time."""
-        return self.laws[0].resources
+        return self.laws[0].resources if self.laws else ()
 
     @property
     def walked(self) -> bool:

@@ -424,7 +424,7 @@ class _Space:
         for part in self.parts:
             able = [one for one in self.alone if one.part is part and one.leaf.deployment.devices == gpus]
             able.sort(key=lambda one: (one.leaf.bound, str(one.leaf.deployment)))
-            yield Queue(part, [replace(one.leaf, bound=(float(gpus), *one.leaf.bound)) for one in able])
+            yield Queue(part, [one.leaf.behind(float(gpus)) for one in able])
         unknown = (float(gpus), *(-inf for _ in self.scorer.problem.objectives))
         for product in self.products:
             able = []
@@ -435,7 +435,7 @@ class _Space:
                 elif candidate is not None:
                     product.part.out_of_reach += 1
             able.sort(key=lambda one: (-one.guess_per_s, *size_of(one.leaf.deployment)))
-            yield Queue(product.part, [replace(one.leaf, bound=unknown) for one in able])
+            yield Queue(product.part, [replace(one.leaf, bound=unknown, closer=None) for one in able])
 
     def beyond(self, part: Part, gpus: int, most_gpus: int) -> int:
         """Deployments of a part on more GPUs."""
@@ -458,7 +458,7 @@ def _rate_bound(candidate: Candidate) -> Costs:
 def _by_guess(part: Part, candidates: Iterable[Candidate]) -> Queue:
     """Deployments in the order of a guess of their rate."""
     ordered = sorted(candidates, key=lambda one: (-one.guess_per_s, *size_of(one.leaf.deployment)))
-    return Queue(part, [replace(one.leaf, bound=_rate_bound(one)) for one in ordered])
+    return Queue(part, [replace(one.leaf, bound=_rate_bound(one), closer=None) for one in ordered])
 
 
 def _saying(tell: Progress, what: str) -> Progress:

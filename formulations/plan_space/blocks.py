@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import KV_BYTES
+from apex_opt.plans.speculation import METHODS
 
 from .sizes import draft_blocks, limits_shared
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from apex_opt.ir.model import Block
     from apex_opt.plans.speculation import Drafter
 
-_ENLARGED, _ENLARGED_LATENT = 16, 64
-"""Tokens that blocks hold a multiple of, where they are enlarged to the size of a state."""
+_ENLARGED = 16
+"""Tokens that blocks hold a multiple of, and of those asked for, where they are enlarged to the size of a state."""
 
 
 class Entry(NamedTuple):
@@ -36,13 +37,13 @@ class Pool(NamedTuple):
 
     Parameters
     ----------
-    groups : (tokens of a block, tokens a query sees, whether it is a state) of each
+    groups : (tokens of a block, tokens a query sees, whether in chunks, whether it is a state) of each
     places : layers in each group
     page : bytes of a block for one layer; where there is one group 0, as layers may differ
     tokens : of a block of attention
     """
 
-    groups: tuple[tuple[int, int, bool], ...]
+    groups: tuple[tuple[int, int, bool, bool], ...]
     places: tuple[tuple[int, ...], ...]
     page: int
     tokens: int
@@ -86,17 +87,17 @@ class Pools:
         if key not in self._found:
             runs = self.instance.model.runs
             order = [id(run.block) for run in runs for _ in range(run.count)] + [id(block) for block in extra]
-            latent = any("latent" in block.attention.traits for block in blocks.values())
-            self._found[key] = self._share([entries[name] for name in order], latent=latent)
+            redone = drafter is not None and METHODS[drafter.method].recomputes
+            self._found[key] = self._share([entries[name] for name in order], redone=redone)
         return self._found[key]
 
-    def _share(self, layers: list[tuple[Entry, ...]], *, latent: bool) -> Pool | None:
+    def _share(self, layers: list[tuple[Entry, ...]], *, redone: bool) -> Pool | None:
         """Layers put into groups: each kind into as many as it takes, dealt out in turn.
 
         Parameters
         ----------
         layers : what each keeps
-        latent : bool    whether attention is
+        redone : bool    whether drafts compute the last block anew, beside which chunks are kept whole
         """
         settings = self.instance.settings
         flat = [(layer, entry) for layer, its in enumerate(layers) for entry in its if self.grouped or not entry.state]
@@ -104,26 +105,26 @@ class Pools:
         states = [entry.bytes_each for _, entry in flat if entry.state]
         size = settings.block_size
         if states and tokens:
-            unit = _ENLARGED_LATENT if latent else _ENLARGED
+            unit = max(_ENLARGED, size)
             size = max(size, -(-max(states) // (max(tokens) * unit)) * unit)
-        chunked = any(entry.chunked for _, entry in flat)
-        if chunked and len({entry.seen for _, entry in flat if entry.seen and not entry.chunked}) > 1:
+        whole = redone and any(entry.chunked for _, entry in flat)
+        if whole and len({entry.seen for _, entry in flat if entry.seen and not entry.chunked}) > 1:
             return None
         of_state = size if settings.prefix_caching else settings.max_model_len
-        kinds: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
+        kinds: dict[tuple[int, int, bool, bool], list[tuple[int, int]]] = {}
         for layer, entry in flat:
-            seen = 0 if chunked or not self.grouped else entry.seen
-            kind = (of_state, 0, True) if entry.state else (size, seen, False)
+            seen = 0 if whole or not self.grouped else entry.seen
+            kind = (of_state, 0, False, True) if entry.state else (size, seen, seen > 0 and entry.chunked, False)
             kinds.setdefault(kind, []).append((layer, entry.bytes_each))
         if len(kinds) <= 1:
             return Pool(tuple(kinds), (tuple(layer for layer, _ in flat),), 0, size)
         page = size * max(tokens)
-        equal: dict[tuple[int, int, bool], list[int]] = {}
-        for (span, seen, state), its in kinds.items():
+        equal: dict[tuple[int, int, bool, bool], list[int]] = {}
+        for (span, seen, chunked, state), its in kinds.items():
             for layer, one in its:
                 if not state and page % (size * one):
                     return None
-                equal.setdefault((span if state else page // one, seen, state), []).append(layer)
+                equal.setdefault((span if state else page // one, seen, chunked, state), []).append(layer)
         numbers = [len(its) for its in equal.values()]
         share = max(numbers) if 2 * max(numbers) < 3 * min(numbers) else min(numbers)
         groups, places = [], []
@@ -150,11 +151,13 @@ class Pools:
         elif drafter is not None and drafter.method != "ngram":
             tokens = max(tokens, min(tokens + drafts, length))
         blocks = 1
-        for size, seen, state in pool.groups or ((pool.tokens, 0, False),):
+        for size, seen, chunked, state in pool.groups or ((pool.tokens, 0, False, False),):
             if state:
                 blocks += 1 + drafts + int(self.instance.settings.prefix_caching and tokens > size)
             else:
-                most = -(-min(seen - 1 + batched, length) // size) + 1 if seen else tokens
+                most = -(-min(seen + batched, length) // size) if chunked else tokens
+                if seen and not chunked:
+                    most = -(-min(seen - 1 + batched, length) // size) + 1
                 blocks += min(-(-tokens // size), most)
         return blocks
 

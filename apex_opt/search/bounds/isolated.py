@@ -335,7 +335,14 @@ def may_preempt(settings: EngineSettings, blocks: int, trace: Trace, requests: i
 
 
 def fewest_to_fill(settings: EngineSettings, blocks: int, trace: Trace) -> int:
-    """Fewest requests of a trace that may need more KV blocks than there are: with less there nobody is preempted."""
+    """Fewest requests of a trace that may need more KV blocks than there are: with less there nobody is preempted.
+
+    Parameters
+    ----------
+    settings : EngineSettings
+    blocks : int       of the KV cache
+    trace : Trace
+    """
     return bisect_right(_most_blocks(trace, settings), blocks) + 1
 
 

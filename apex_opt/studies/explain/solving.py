@@ -262,10 +262,7 @@ class Runs:
 
     def some_meets(self, goals: Goals) -> bool:
         """Whether some plan meets these goals."""
-        known = [
-            replace(leaf, bound=(float(leaf.deployment not in self._done), *leaf.bound))
-            for leaf in self._queue(goals, _QUICKEST)
-        ]
+        known = [leaf.behind(float(leaf.deployment not in self._done)) for leaf in self._queue(goals, _QUICKEST)]
         incumbent = First(FREE)
         self._search(goals, sorted(known, key=lambda leaf: leaf.bound), incumbent)
         return incumbent.found is not None
