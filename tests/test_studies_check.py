@@ -177,7 +177,7 @@ def test_a_bound_above_what_a_plan_costs_is_found_out(monkeypatch: pytest.Monkey
 # ---- several types of GPU ---------------------------------------------------------------------------------------
 
 
-MIXED = (1, 2, 4, 9, 11, 13, 15, 18, 25, 33)
+MIXED = (0, 4, 9, 11, 13, 15, 16, 18, 21, 25, 33)
 """Seeds whose answers, among them, simulate every shape."""
 MORE_MIXED = [pytest.param(seed, marks=pytest.mark.nightly) for seed in range(60) if seed not in MIXED]
 
