@@ -541,7 +541,8 @@ def _check_least(ask: Ask, least: int, *, splits: bool) -> None:
     asked = () if ask.max_num_batched_tokens is None else _several(ask.max_num_batched_tokens)
     for limit in asked:
         if limit < min(least, LARGEST_BATCH):
-            more = ", or leave --chunked_prefill=false out" if splits else ""
+            typed = "leave --chunked_prefill=false out" if ask.chunked_prefill is False else "--chunked_prefill=true"
+            more = f", or {typed}" if splits else ""
             raise UsageError(
                 f"--max_num_batched_tokens: {limit} has no room for the {least} tokens that a batch must take here, as "
                 f"prompts are not split; give {least} or more{more}"
