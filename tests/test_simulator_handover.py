@@ -52,6 +52,15 @@ if TYPE_CHECKING:
 
 SLEEPY = VllmScheduling(idle_sleep_us=1)
 ROOMY = EngineSettings(max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, block_size=4, scheduler=SLEEPY)
+SMALLEST = replace(
+    ROOMY,
+    max_num_seqs=1,
+    max_num_batched_tokens=5,
+    max_model_len=5,
+    block_size=1,
+    chunked_prefill=False,
+    async_scheduling=False,
+)
 POOL = EnginePool(settings=ROOMY, blocks=64, laws=(linear(ROOMY, 10),), replicas=2)
 NAMED = ("pd_1p1d", "pd_1p2d_prefix_seats", "pd_2p1d_async_tight", "pd_2p1d_seats_long_reads")
 
@@ -132,6 +141,40 @@ ROUTED = st.tuples(st.sampled_from(ROUTINGS), st.sampled_from([name for name in 
 @given(pairs(), ROUTED)
 def test_kernel_equals_reference_behind_routers(pair: Pair, routing: tuple[Routing, Routing]) -> None:
     compare(pair, routing=routing)
+
+
+def test_what_is_pulled_once_a_turn_is_over_is_not_slept_for() -> None:
+    """An instance that has answered its last pulls another one that very moment, having found nothing left to do."""
+    engine = replace(SMALLEST, async_scheduling=True)
+    # Laws under which that happened: most prompts take no time.
+    prompts = replace(
+        linear(engine, 0),
+        mixed_ns=np.array([0, 238, 154, 0, 0, 0]),
+        chunk_ns=np.array([0, 0, 0, 91, 70, 84]),
+        pair_rate=np.array([3_524_521, 2_887_554, 0, 0, 3_670_670, 566_635]),
+        chunk_context_rate=np.array([2_228_616, 0, 0, 2_397_169, 0, 1_350_018]),
+        transfer_ns=np.array([0, 7, 0, 0, 0, 0]),
+        decode_ns=np.array([0, 0]),
+        attend_ns=np.array([35, 42]),
+        context_rate=np.array([2_348_463, 0]),
+    )
+    answers = replace(
+        prompts,
+        decode_ns=np.array([238, 175]),
+        context_rate=np.array([2_348_463, 3_921_978]),
+        mixed_ns=np.array([112, 238, 154, 14, 210, 203]),
+        chunk_ns=np.array([0, 14, 0, 91, 70, 84]),
+        pair_rate=np.array([3_524_521, 2_887_554, 2_952_794, 1_631_254, 3_670_670, 566_635]),
+        chunk_context_rate=np.array([2_228_616, 1_500_701, 2_821_673, 2_397_169, 1_067_895, 1_350_018]),
+        transfer_ns=np.array([0, 7, 35, 84, 42, 77]),
+    )
+    pair = Pair(
+        prefill=EnginePool(settings=engine, blocks=2, laws=(prompts,), replicas=2),
+        decode=EnginePool(settings=SMALLEST, blocks=2, laws=(answers,)),
+        handover=Handover(proxy_ns=0, read_ns=0, block_ns=0, notice_ns=0),
+        trace=requests([(0, 1 + (place == 21), 1) for place in range(28)]),
+    )
+    compare(pair, routing=("pull", "round_robin"))
 
 
 @pytest.mark.nightly

@@ -163,11 +163,13 @@ def turn_nb(run: Run, cache: Cache | None, links: Links, routers: Routers | None
     take_in_nb(run, cache, None, r)
     if r[HOLDS] == 1:
         forward_nb(run, links, routers, r, oldest)
+    # What is pulled from now on comes too late to be slept for.
+    sleeps = x[EXECUTED] == 0 and unfinished_nb(run, x, r)
     if routers is not None and r[ENDED] > ended:
         pull_nb(run, links, routers, r[HOLDS], r[NOW])
         if r[HOLDS] == 0:
             send_next_nb(run, links, r[ENDED] - ended, r[NOW])
-    if x[EXECUTED] == 0 and unfinished_nb(run, x, r):
+    if sleeps:
         r[NOW] += r[SLEEP_NS]
     hear_nb(run, cache, links, instance, oldest)
 
