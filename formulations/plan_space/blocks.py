@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from apex_opt.ir.cells import Cut
 from apex_opt.ir.formats import KV_BYTES
-from apex_opt.plans.speculation import METHODS
 
 from .sizes import draft_blocks, limits_shared
 
@@ -87,7 +86,7 @@ class Pools:
         if key not in self._found:
             runs = self.instance.model.runs
             order = [id(run.block) for run in runs for _ in range(run.count)] + [id(block) for block in extra]
-            redone = drafter is not None and METHODS[drafter.method].recomputes
+            redone = drafter is not None and drafter.rules.recomputes
             self._found[key] = self._share([entries[name] for name in order], redone=redone)
         return self._found[key]
 
