@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from matrix_cases import CUBE, DGX_H100, L40S, PAIRS
 
 from apex_opt.cluster import Composition, load_topology
-from apex_opt.cluster.composition import read_composition
 from apex_opt.cluster.importers import import_cluster
+from apex_opt.cluster.node_files import composition_toml, read_composition
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError
 
 MINE = """
@@ -39,7 +39,7 @@ def imported(folder: Path, text: str, gpu: str | None = None) -> tuple[Compositi
     path.write_text(text)
     composition, notes = import_cluster(path, gpu)
     # What is written is what is read again, by `cluster show` too.
-    written = composition.toml(notes)
+    written = composition_toml(composition, notes)
     assert read_composition(path, tomllib.loads(written)) == composition
     (folder / "made.toml").write_text(written)
     assert load_topology(str(folder / "made.toml")) == composition.topology()

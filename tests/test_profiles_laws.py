@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from profile_cases import ROOT, read_source, write_source
 
 from apex_opt.errors import InputError
 from apex_opt.ir.formats import KV_BYTES
 from apex_opt.profiles import laws, physics
 from apex_opt.profiles.laws import Source, load_source
+from apex_opt.profiles.shapes import gemm_feature
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,22 +33,6 @@ def decode_row(batch: int, context: int, seconds: float, window: int = 0) -> str
     return f"bfloat16,32,8,128,{window},{batch},{context},{seconds * 1e6:.9g}\n"
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 3), st.integers(1, 40), st.floats(1e-7, 1e-1)),
-        min_size=1,
-        max_size=40,
-        unique_by=lambda row: row[:2],
-    )
-)
-def test_no_time_of_a_shape_is_above_that_of_a_larger_size(rows: list[tuple[int, int, float]]) -> None:
-    shape, size, seconds = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
-    found = laws._envelope(shape[:, None], size, seconds)  # noqa: SLF001
-    for row in range(len(rows)):
-        later = (shape == shape[row]) & (size >= size[row])
-        assert found[row] == pytest.approx(seconds[later].min(), rel=1e-9)
-
-
 def test_small_weights_are_read_no_faster_than_those_no_cache_holds(tmp_path: Path) -> None:
     def row(n: int, share: float) -> str:
         return f"bfloat16,1,{n},4096,{n * 4096 * 2 / BANDWIDTH / share * 1e6:.9g}\n"
@@ -62,7 +45,7 @@ def test_small_weights_are_read_no_faster_than_those_no_cache_holds(tmp_path: Pa
     for n in (1024, 2048, 65536):
         bound = float(physics.gemm_work(1, n, 4096, 2.0, 2.0)[1]) / BANDWIDTH
         floor = laws.GEMM_FLOOR_S + laws.GEMM_FLOOR_S_PER_DEPTH * 4096
-        share[n] = bound / ((floor + bound) / float(surface.ratio(laws.gemm_feature(n, 4096), np.zeros(1))[0]))
+        share[n] = bound / ((floor + bound) / float(surface.ratio(gemm_feature(n, 4096), np.zeros(1))[0]))
     assert share == pytest.approx({1024: 0.8, 2048: 0.4, 65536: 0.8}, rel=0.01)
 
 

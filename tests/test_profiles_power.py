@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from energy_cases import energies
 from hypothesis import given
 from hypothesis import strategies as st
 from profile_cases import H200, ROOT
@@ -75,7 +76,7 @@ def test_shipped_coefficients_explain_measured_energies_about_as_well_as_the_bes
     source = load_source(ROOT / folder)
     card = source.card
     assert card.power is not None
-    time, work, energy = source.energies(kinds)
+    time, work, energy = energies(source, kinds)
     assert len(energy) == samples
     _, best = fit_power(time, work, energy, card.idle_w, card.tdp_w)
     joules = np.array([card.power.joule_per_flop_half, card.power.joule_per_flop_narrow, card.power.joule_per_byte])
@@ -104,7 +105,7 @@ def test_prompt_attention_of_b200_which_was_not_fitted_comes_out_in_the_middle()
     source = load_source(ROOT / "b200-sxm/vllm-0.22.0-power")
     power = source.card.power
     assert power is not None
-    time, work, energy = source.energies(("attention_prefill",))
+    time, work, energy = energies(source, ("attention_prefill",))
     told = power.joules(time, work, source.card.idle_w, source.card.tdp_w) / np.minimum(energy, 1000 * time) - 1
     assert abs(np.median(told)) < 0.1
 

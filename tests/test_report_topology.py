@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from apex_opt.cluster import Topology, load_topology
-from apex_opt.cluster.composition import load_preset
+from apex_opt.cluster.node_files import composition_toml, load_preset
 from apex_opt.errors import InputError
 from apex_opt.report.topology import cluster_page, import_document, topology_document, write_toml, write_topology
 from apex_opt.schema import to_plain
@@ -99,7 +99,7 @@ def test_a_picture_too_large_to_read_is_refused(tmp_path: Path) -> None:
 def test_a_file_made_is_printed_as_it_is_or_written_whole(tmp_path: Path) -> None:
     composition = load_preset("dgx-h100", 2)
     printed = import_document(composition, ("a note",), None)
-    assert cluster_page(to_plain(printed)) == composition.toml(("a note",))
+    assert cluster_page(to_plain(printed)) == composition_toml(composition, ("a note",))
     written = import_document(composition, ("a note",), str(tmp_path / "made.toml"))
     write_toml(tmp_path / "made.toml", written)
     assert (tmp_path / "made.toml").read_text() == printed.toml

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hypothesis import strategies as st
 
 from apex_opt.cluster import Composition, Level, Link, Network, Node, list_gpus, load_cluster
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 GPUS = [load_cluster(name).gpu for name in list_gpus()]
 RATES = st.sampled_from([10.0, 12.5, 25.0, 31.5, 64.0, 112.5, 450.0])
@@ -52,3 +57,33 @@ def compositions(draw: st.DrawFn) -> Composition:
     network = Network(nodes_per_leaf=per_leaf, rails=draw(st.booleans()), oversubscription=ratio)
     entries = draw(st.lists(st.tuples(st.integers(1, 2), nodes()), min_size=1, max_size=3))
     return Composition(name="drawn", nodes=tuple(entries), network=network)
+
+
+LAB = """
+[[nodes]]
+count = 2
+preset = "dgx-h100"
+
+[[nodes]]
+preset = "server-8xl40s"
+gpus = 4
+nics = { gpus = 4, gb_per_s = 12.5 }
+
+[[nodes]]
+gpu = "a100-sxm"
+gpus = 4
+nvlink = { gpus = [[0, 3], [1, 2]], gb_per_s = 300, latency_us = 1.5 }
+pcie = { gpus = 2, gb_per_s = 32, latency_us = 3 }
+sockets = { gpus = 2, gb_per_s = 20, latency_us = 1 }
+nics = { gpus = 4, gb_per_s = 12.5, latency_us = 5, kind = "ethernet" }
+
+[network]
+nodes_per_leaf = 2
+oversubscription = 2
+"""
+
+
+def write_cluster(folder: Path, text: str) -> str:
+    path = folder / "lab.toml"
+    path.write_text(text)
+    return str(path)

@@ -9,7 +9,8 @@ from apex_opt.cluster.catalogue import (
     load_topology,
     load_wiring,
 )
-from apex_opt.cluster.composition import Composition, Level, Network, Node, list_presets
+from apex_opt.cluster.composition import Composition, Level, Network, Node
+from apex_opt.cluster.node_files import list_presets
 from apex_opt.cluster.topology import Device, Switch, Topology
 from apex_opt.cluster.tree import Tree, free_types
 from apex_opt.cluster.types import DTYPES, LINK_KINDS, MAX_GPUS, Cluster, Gpu, Link

@@ -6,7 +6,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.cluster.composition import Composition, Network, Node, list_presets, load_preset, read_composition
+from apex_opt.cluster.composition import Composition, Network, Node
+from apex_opt.cluster.node_files import list_presets, load_preset, read_composition
 from apex_opt.cluster.toml_reader import read_toml, shown
 from apex_opt.cluster.topology import Topology
 from apex_opt.cluster.types import MAX_GPUS, Cluster

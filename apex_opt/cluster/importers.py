@@ -7,18 +7,9 @@ from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.cluster.composition import (
-    MAX_NODE,
-    Composition,
-    Level,
-    Node,
-    assumed_bus,
-    list_presets,
-    load_preset,
-    read_composition,
-    resized,
-)
+from apex_opt.cluster.composition import Composition, Level, Node, assumed_bus, resized
 from apex_opt.cluster.matrix import NEAR, NVLINK, Matrix, read_matrix
+from apex_opt.cluster.node_files import MAX_NODE, list_presets, load_preset, read_composition
 from apex_opt.cluster.toml_reader import read_toml
 from apex_opt.cluster.types import MAX_GPUS, Link
 from apex_opt.cluster.uniform import catalogued, gpu_name, list_gpus, names_like, uniform_cluster

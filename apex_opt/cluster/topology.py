@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from apex_opt.cluster.types import Cluster, Gpu, Link
 
 STATES: Final = ("free", "busy", "down")
-SWITCH_KINDS: Final = ("nvlink", "pcie", "socket", "nic", "leaf", "spine")
 DOMAIN_KINDS: Final = ("node", "nvlink", "pcie", "socket", "nic", "leaf")
 
 _GPUS: Final = re.compile(r"node(\d{1,6})(?::(\d{1,6})(?:-(\d{1,6}))?)?", re.ASCII)
@@ -43,7 +42,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switch:
-    """What links meet in other than a GPU, one of `SWITCH_KINDS`; `node` is None outside the nodes."""
+    """What links meet in other than a GPU, one of `DOMAIN_KINDS` or the spine; `node` is None outside the nodes."""
 
     name: str
     kind: str

@@ -22,16 +22,11 @@ from apex_opt.profiles.clock import Clock
 from apex_opt.profiles.laws import (
     GEMM_FLOOR_S,
     GEMM_FLOOR_S_PER_DEPTH,
-    LATENT_PAIR,
-    LATENT_RANK,
-    LATENT_ROPE,
     MOE_FLOOR_S,
     DecodeLaw,
     PrefillLaw,
     Source,
-    gemm_feature,
     load_source,
-    moe_feature,
 )
 from apex_opt.profiles.lookup import ROUTINGS, count_of, sizes
 from apex_opt.profiles.physics import (
@@ -42,6 +37,7 @@ from apex_opt.profiles.physics import (
     pair_flops,
 )
 from apex_opt.profiles.schema import TABLE_ENGINES
+from apex_opt.profiles.shapes import LATENT_PAIR, LATENT_RANK, LATENT_ROPE, gemm_feature, moe_feature
 from apex_opt.profiles.sources.aiconfigurator import data_folder
 from apex_opt.profiles.states import StateTimes
 from apex_opt.units import DATA_ROOT

@@ -150,6 +150,11 @@ def pair_flops(heads: _Number, key_dim: _Number, value_dim: _Number) -> _Number:
     return 2.0 * heads * (key_dim + value_dim)
 
 
+def seen_tokens(tokens: Floats, window: Size) -> Floats:
+    """Tokens that a query sees of those there are; a window of 0 is none."""
+    return np.where(np.asarray(window) > 0, np.minimum(tokens, window), tokens)
+
+
 def causal_pairs(length: NDArray[Any], seen: NDArray[Any]) -> Floats:
     """Query-key pairs of a prompt under the causal mask whose last query sees so many tokens, itself included."""
     return np.asarray(length * seen - seen * (seen - 1) / 2)

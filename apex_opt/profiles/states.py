@@ -6,17 +6,14 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from apex_opt.profiles.laws import (
-    STATE_FLOOR_S,
-    encoder_feature,
-    state_feature,
-)
+from apex_opt.profiles.laws import STATE_FLOOR_S
 from apex_opt.profiles.lookup import Lookup, count_of, sizes
 from apex_opt.profiles.physics import (
     encoder_work,
     hyper_work,
     sparse_work,
 )
+from apex_opt.profiles.shapes import encoder_feature, state_feature
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from apex_opt.cluster.node_files import composition_toml
 from apex_opt.cluster.topology import DOMAIN_KINDS, STATES
 from apex_opt.errors import InputError
 from apex_opt.outputs import write_whole
@@ -91,7 +92,7 @@ def import_document(composition: Composition, notes: tuple[str, ...], target: st
         nodes=sum(count for count, _ in composition.nodes),
         gpus=sum(count * node.gpus for count, node in composition.nodes),
         notes=notes,
-        toml=composition.toml(notes),
+        toml=composition_toml(composition, notes),
         target=target,
     )
 
