@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from apex_opt.arguments import Ask
 from apex_opt.errors import ApexError
-from apex_opt.evaluate import violations
 from apex_opt.ir import load_model
+from apex_opt.oracle.checks import violations
 from apex_opt.plans.plan import Plan, Template
 from apex_opt.report.models import model_row
 from apex_opt.resolve import resolve

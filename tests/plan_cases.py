@@ -15,7 +15,6 @@ from apex_opt.cost import CostModel
 from apex_opt.cost.engine import EngineOverhead
 from apex_opt.engines import EngineRules, Held
 from apex_opt.engines.schedulers import OrcaScheduling
-from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violations
 from apex_opt.figures import load_objective, parse_goals
 from apex_opt.figures.registry import names, per_run
 from apex_opt.ir import FORMATS, KV_BYTES, Attention, Block, DenseFfn, LatentAttention, Model, MoeFfn, Run
@@ -23,6 +22,9 @@ from apex_opt.ir.cells import WHOLE, Cut, Kept, State
 from apex_opt.ir.cells.gated_delta import GatedDelta, KimiDelta
 from apex_opt.ir.cells.mamba import Mamba2
 from apex_opt.ir.scheme import Scheme
+from apex_opt.oracle.checks import FAMILIES, decode_bytes, violations
+from apex_opt.oracle.instance import Instance
+from apex_opt.oracle.space import space
 from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.memory import settings_of, stage_memory

@@ -21,9 +21,10 @@ from plan_cases import (
     sparse,
 )
 
-from apex_opt.evaluate import FAMILIES, OF_CUTS, space, tally, violations
 from apex_opt.figures import load_objectives, parse_goals
 from apex_opt.figures.registry import names
+from apex_opt.oracle.checks import FAMILIES, OF_CUTS, violations
+from apex_opt.oracle.space import space, tally
 from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.plan import parse_plan
@@ -39,7 +40,8 @@ from formulations.plan_space import PlanSpace
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from apex_opt.evaluate import Instance, Tally
+    from apex_opt.oracle.instance import Instance
+    from apex_opt.oracle.space import Tally
     from apex_opt.search import Answer, Offer, Problem, Scored
 
 SPACE: Final = PlanSpace()

@@ -13,8 +13,8 @@ from typing import Any
 from apex_opt.cluster import load_cluster
 from apex_opt.engines import VLLM
 from apex_opt.errors import ApexError
-from apex_opt.evaluate import Instance
 from apex_opt.ir import Model, load_model
+from apex_opt.oracle.instance import Instance
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.memory import StageMemory, stage_memory
 from apex_opt.plans.plan import Plan, Template, parse_plan

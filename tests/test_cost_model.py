@@ -24,8 +24,9 @@ from apex_opt.cluster import load_cluster
 from apex_opt.cost import CostModel
 from apex_opt.cost.engine import load_engine
 from apex_opt.errors import CapacityError
-from apex_opt.evaluate import decode_bytes, space, violations
 from apex_opt.ir import FORMATS, MoeFfn, load_model
+from apex_opt.oracle.checks import decode_bytes, violations
+from apex_opt.oracle.space import space
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.memory import attention_shard_bytes, ffn_cut, ffn_token_bytes
 from apex_opt.plans.plan import parse_plan

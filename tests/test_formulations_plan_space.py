@@ -18,8 +18,11 @@ import apex_opt
 from apex_opt.engines import SGLANG
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import UsageError
-from apex_opt.evaluate import FAMILIES, Instance, moved, space, violations
 from apex_opt.ir import load_model
+from apex_opt.oracle.checks import FAMILIES, violations
+from apex_opt.oracle.instance import Instance
+from apex_opt.oracle.layers import moved
+from apex_opt.oracle.space import space
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import Plan, Template, even_split, parse_plan
 from apex_opt.plans.speculation import Drafter

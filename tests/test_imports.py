@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("apex_opt.ir", "apex_opt.workload", "apex_opt.cluster"),
     ("apex_opt.engines",),
     ("apex_opt.plans",),
-    ("apex_opt.evaluate", "apex_opt.simulator", "apex_opt.profiles", "apex_opt.placement"),
+    ("apex_opt.oracle", "apex_opt.simulator", "apex_opt.profiles", "apex_opt.placement"),
     ("apex_opt.cost",),
     ("apex_opt.search", "apex_opt.measured"),
     ("apex_opt.studies", "apex_opt.launch"),
@@ -144,7 +144,7 @@ def test_the_composition_root_alone_finds_the_programs() -> None:
 
 def test_programs_see_the_domain_and_the_oracle_and_nothing_above() -> None:
     for path in files("formulations"):
-        allowed = {unit for unit, level in LEVEL.items() if level <= LEVEL["apex_opt.evaluate"]} | {"apex_opt.cost"}
+        allowed = {unit for unit, level in LEVEL.items() if level <= LEVEL["apex_opt.oracle"]} | {"apex_opt.cost"}
         assert {unit_of(name) for name in ours(path, "apex_opt")} <= allowed - {"apex_opt.simulator"}, path
         assert not ours(path, "solve"), path
 
@@ -181,7 +181,7 @@ def test_the_command_line_starts_without_compiler_solver_and_tables(statement: s
 
 
 def test_costing_and_searching_do_not_load_the_compiler_before_they_simulate() -> None:
-    statement = "import apex_opt.search, apex_opt.evaluate, apex_opt.measured"
+    statement = "import apex_opt.search, apex_opt.oracle.space, apex_opt.measured"
     assert not loaded_by(statement) & {"numba", "ortools", "pandas", "rich", "vl_convert"}
 
 

@@ -15,7 +15,6 @@ from plan_cases import OVERHEAD, SMALL, instance_at, make_cluster, make_gpu, mak
 
 from apex_opt.cost import CostModel
 from apex_opt.errors import InputError
-from apex_opt.evaluate import space, violations
 from apex_opt.ir import (
     Attention,
     AttentionCell,
@@ -51,6 +50,8 @@ from apex_opt.ir.cells import (
     stored_bytes,
 )
 from apex_opt.ir.cells.operations import Elementwise, Experts, Product
+from apex_opt.oracle.checks import violations
+from apex_opt.oracle.space import space
 from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.plan import parse_plan
 from formulations.plan_space import PlanSpace

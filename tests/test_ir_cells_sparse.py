@@ -25,10 +25,11 @@ from plan_cases import OVERHEAD, SMALL, instance_at, make_cluster, make_model
 
 from apex_opt.cost import CostModel
 from apex_opt.errors import InputError
-from apex_opt.evaluate import space, violations
 from apex_opt.ir import Attention, AttentionCell, Block, Cell, DenseFfn, LatentAttention
 from apex_opt.ir.cells import CompressedAttention, Cut, Indexer, Kept, State
 from apex_opt.ir.cells.operations import Attend, AttendLatent, Op, Product, Score
+from apex_opt.oracle.checks import violations
+from apex_opt.oracle.space import space
 from apex_opt.plans.allotment import allotted
 from apex_opt.plans.plan import parse_plan
 from formulations.plan_space import PlanSpace

@@ -10,9 +10,10 @@ import pytest
 from plan_cases import SMALL, dense, instance_at, keeping, make_gpu, make_model, with_window
 
 from apex_opt.engines.schedulers import SglangScheduling, TrtllmScheduling
-from apex_opt.evaluate import space, violations
 from apex_opt.ir import model_from_config
 from apex_opt.ir.registry import load_model
+from apex_opt.oracle.checks import violations
+from apex_opt.oracle.space import space
 from apex_opt.plans.allotment import allotted
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.kv_groups import KvGroup

@@ -13,8 +13,8 @@ from plan_cases import SMALL, dense, instance_at, latent, make_gpu, make_model, 
 from apex_opt.cluster import load_cluster
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import UsageError
-from apex_opt.evaluate import space
 from apex_opt.ir import Attention, Block, LatentAttention, Model, load_model
+from apex_opt.oracle.space import space
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.memory import RUNTIME_BYTES, kv_blocks, stage_memory, stage_runs, workspace_bytes
 from apex_opt.plans.plan import Plan, parse_plan

@@ -6,7 +6,8 @@ import pytest
 from plan_cases import dense, make_cluster, make_model, make_problem, random_trace
 
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.evaluate import OF_CUTS, space, tally
+from apex_opt.oracle.checks import OF_CUTS
+from apex_opt.oracle.space import space, tally
 from apex_opt.plans.plan import parse_plan, repeated
 from apex_opt.plans.routing import ROUTINGS, Routing, count_repeated, parse_routings, parse_sides
 from formulations.plan_space import PlanSpace

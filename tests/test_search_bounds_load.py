@@ -26,10 +26,10 @@ from plan_cases import (
 )
 from simulator_cases import Case, linear, requests
 
-from apex_opt.evaluate import space
 from apex_opt.figures import load_objective
 from apex_opt.figures.measure import least_signed
 from apex_opt.figures.registry import STATISTICS
+from apex_opt.oracle.space import space
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import parse_plan
 from apex_opt.plans.routing import Routing

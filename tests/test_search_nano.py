@@ -25,7 +25,7 @@ from apex_opt.cluster.types import Link
 from apex_opt.engines.overlap import NANO
 from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.engines.vllm import VLLM
-from apex_opt.evaluate import violations
+from apex_opt.oracle.checks import violations
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.plan import Template
 from apex_opt.search import Problem, Scorer, search

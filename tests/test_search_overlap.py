@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -26,16 +27,19 @@ from apex_opt.engines.overlap import DUAL_BATCH, TWO_BATCH
 from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.engines.sglang import SGLANG
 from apex_opt.engines.vllm import VLLM
-from apex_opt.evaluate import Instance, violations
 from apex_opt.figures import load_objectives
 from apex_opt.figures.registry import names
 from apex_opt.ir.formats import FORMATS
+from apex_opt.oracle.checks import violations
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.plan import Plan, Template
 from apex_opt.search import Problem, Scorer, search
 from apex_opt.simulator.ranks import alike_ns
 from apex_opt.studies.check import check
 from apex_opt.units import GIB
+
+if TYPE_CHECKING:
+    from apex_opt.oracle.instance import Instance
 
 SPLIT = "two_batches"
 PLAN = Plan(

@@ -26,10 +26,10 @@ from plan_cases import (
 from search_cases import ROWS, SPACE, answer_of, every, every_of, mixed_problem, pools_of, problem_of, rank
 
 from apex_opt.errors import CapacityError, UsageError
-from apex_opt.evaluate import tally
 from apex_opt.figures import load_objective, load_objectives, parse_goals
 from apex_opt.ir import load_model
 from apex_opt.ir.cells import Attention, AttentionCell, JoinedAttention, Mamba2, Matrix
+from apex_opt.oracle.space import tally
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.plan import parse_plan
 from apex_opt.plans.routing import ROUTINGS

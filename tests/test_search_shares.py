@@ -13,9 +13,9 @@ from search_cases import SPACE, listed_alike, rank
 import formulations.deployment as programs
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.engines.sglang import SGLANG
-from apex_opt.evaluate import violations
 from apex_opt.figures import load_objectives
 from apex_opt.figures.registry import names
+from apex_opt.oracle.checks import violations
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.shares import Shares, parse_shares
@@ -23,7 +23,7 @@ from apex_opt.search import Problem, Scorer, search
 from apex_opt.studies.check import check
 
 if TYPE_CHECKING:
-    from apex_opt.evaluate import Instance
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.plan import Plan
 
 MULTIPLEXED = ("pdmux", "pdmux:72/60", "pdmux:112/20")

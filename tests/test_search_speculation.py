@@ -13,15 +13,16 @@ from plan_cases import feasible_plans, random_instance, random_problem
 from search_cases import SPACE, rank
 
 from apex_opt.engines.schedulers import CAPACITY_POLICIES, SglangScheduling, TrtllmScheduling
-from apex_opt.evaluate import FAMILIES, OF_CUTS, space, tally, violations
 from apex_opt.figures import load_objectives
 from apex_opt.figures.registry import names
+from apex_opt.oracle.checks import FAMILIES, OF_CUTS, violations
+from apex_opt.oracle.space import space, tally
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.speculation import MOST_DRAFTS, Drafter
 from apex_opt.search import Problem, Scorer, search
 
 if TYPE_CHECKING:
-    from apex_opt.evaluate import Instance
+    from apex_opt.oracle.instance import Instance
 
 A = TypeVar("A", "Instance", Problem)
 

@@ -19,7 +19,7 @@ from startable_cases import (
     rows,
 )
 
-from apex_opt.evaluate import violations
+from apex_opt.oracle.checks import violations
 from apex_opt.units import GIB
 
 ASIDE = 3 * GIB

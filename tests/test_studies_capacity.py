@@ -23,8 +23,8 @@ from plan_cases import (
 )
 
 from apex_opt.errors import CapacityError, UsageError
-from apex_opt.evaluate import tally
 from apex_opt.figures import parse_goals
+from apex_opt.oracle.space import tally
 from apex_opt.plans.deployment import Deployment
 from apex_opt.plans.plan import parse_plan
 from apex_opt.search.scorer import Scorer

@@ -30,10 +30,11 @@ from apex_opt.arguments import PlanAsk
 from apex_opt.cluster import load_cluster
 from apex_opt.engines import ENGINES, VLLM
 from apex_opt.engines.schedulers import TrtllmScheduling
-from apex_opt.evaluate import space, violations
 from apex_opt.figures import parse_goals
 from apex_opt.figures.measure import each
 from apex_opt.ir import load_model
+from apex_opt.oracle.checks import violations
+from apex_opt.oracle.space import space
 from apex_opt.plans.deployment import Deployment, parse_deployment
 from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.plan import default_kv_format, parse_plan

@@ -17,12 +17,13 @@ from apex_opt.cost.engine import load_engine
 from apex_opt.cost.handover import handover
 from apex_opt.engines import load_kind
 from apex_opt.errors import ApexError
-from apex_opt.evaluate import Instance, violations
 from apex_opt.figures.measure import measure
 from apex_opt.ir.formats import get_format
 from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import METRICS, MeasuredRun, UnusableRun
 from apex_opt.measured.steps import StepTimes, step_times
+from apex_opt.oracle.checks import violations
+from apex_opt.oracle.instance import Instance
 from apex_opt.placement.pools import link_between
 from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.plans.engine import limited, schedulers

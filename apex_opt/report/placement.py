@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from apex_opt.cluster.tree import LEVELS
-from apex_opt.evaluate import violations
 from apex_opt.launch.commands import on_nodes
+from apex_opt.oracle.checks import violations
 from apex_opt.placement.assignment import layout_of, rank_order
 from apex_opt.placement.domains import groups, replicas_in, rooms
 from apex_opt.placement.reasons import lies

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apex_opt.evaluate import FAMILIES, decode_bytes, needed_bytes, overlap_faults, space, violations
+from apex_opt.oracle.checks import FAMILIES, decode_bytes, needed_bytes, overlap_faults, violations
+from apex_opt.oracle.space import space
 from apex_opt.plans.engine import limited
 from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.refusals import refusals
@@ -12,7 +13,8 @@ from apex_opt.plans.refusals import refusals
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
-    from apex_opt.evaluate import Instance, Violation
+    from apex_opt.oracle.checks import Violation
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.plan import Plan
 
 

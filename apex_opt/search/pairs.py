@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from apex_opt.cluster.tree import slowest
 from apex_opt.cost.handover import handover, hands_over, shared_heads
 from apex_opt.engines.schedulers import SglangScheduling
-from apex_opt.evaluate import Violation
+from apex_opt.oracle.checks import Violation
 from apex_opt.placement.pools import Chunks, find_room, link_between
 
 if TYPE_CHECKING:

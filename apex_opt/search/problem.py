@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.errors import UsageError
-from apex_opt.evaluate import Instance
 from apex_opt.figures.goals import load_objective, step_limit_s
 from apex_opt.figures.measure import percent
 from apex_opt.figures.registry import STATISTICS
+from apex_opt.oracle.instance import Instance
 from apex_opt.plans.deployment import ROLES
 from apex_opt.plans.memory import settings_of
 from apex_opt.profiles import SHIPPED

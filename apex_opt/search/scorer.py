@@ -18,10 +18,10 @@ from apex_opt.cost.moving import MOVING, moving
 from apex_opt.cost.two_batches import two_batches
 from apex_opt.engines.overlap import TWO
 from apex_opt.engines.schedulers import SglangScheduling
-from apex_opt.evaluate import Violation, violations
 from apex_opt.figures.measure import measure, statistics_of
 from apex_opt.figures.run import Facts as StopFacts
 from apex_opt.figures.stops import early_stops
+from apex_opt.oracle.checks import Violation, violations
 from apex_opt.placement.pools import link_between
 from apex_opt.search.answer import PoolUse, PriorityUse, Scored
 from apex_opt.search.bounds import StageFloor, isolated, may_preempt, minds_preemption

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from apex_opt.engines.overlap import NANO, TWO
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import UsageError
-from apex_opt.evaluate import FAMILIES
+from apex_opt.oracle.checks import FAMILIES
 from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.plans.engine import has_ranks
 from apex_opt.search.answer import Answer, Scored, misses

@@ -9,14 +9,14 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from apex_opt.errors import CapacityError
-from apex_opt.evaluate import FAMILIES, OF_CUTS
+from apex_opt.oracle.checks import FAMILIES, OF_CUTS
 from apex_opt.plans.plan import repeated
 from apex_opt.plans.routing import count_repeated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from apex_opt.evaluate import Instance
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.plan import Plan
     from apex_opt.plans.routing import Routing
     from apex_opt.plans.shares import Shares

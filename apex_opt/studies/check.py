@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
-from apex_opt.evaluate import FAMILIES, tally
+from apex_opt.oracle.checks import FAMILIES
+from apex_opt.oracle.space import tally
 from apex_opt.plans.deployment import ROLES, Deployment, Pool
 from apex_opt.search.bounds.compose import Compose
 from apex_opt.search.bounds.handed import Handed

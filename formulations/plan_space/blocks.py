@@ -14,8 +14,8 @@ from apex_opt.ir.formats import KV_BYTES
 from .sizes import draft_blocks, limits_shared
 
 if TYPE_CHECKING:
-    from apex_opt.evaluate import Instance
     from apex_opt.ir.model import Block
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.speculation import Drafter
 
 _ENLARGED = 16

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ortools.sat.python import cp_model
 
 from apex_opt.engines.overlap import NANO
-from apex_opt.evaluate import IMBALANCE
+from apex_opt.oracle.checks import IMBALANCE
 
 from .blocks import Pools
 from .engine import Runs
@@ -33,8 +33,8 @@ from .tables import holds, tabulated
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from apex_opt.evaluate import Instance
     from apex_opt.ir.cells import Piece
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.speculation import Drafter
 
     from .variables import Variables
@@ -311,4 +311,4 @@ FAMILIES: dict[str, Family] = {
     "bandwidth": weights_read_within_tpot,
     "balance": stages_balance,
 }
-"""By the names of `apex_opt.evaluate.FAMILIES`; each can be built alone."""
+"""By the names of `apex_opt.oracle.checks.FAMILIES`; each can be built alone."""

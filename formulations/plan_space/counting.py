@@ -24,7 +24,7 @@ from .engine import Runs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from apex_opt.evaluate import Instance
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.speculation import Drafter
 
 COUNTED: Final = ("divisibility", "format", "engine", "balance")

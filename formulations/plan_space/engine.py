@@ -16,7 +16,7 @@ from apex_opt.ir.formats import get_format
 from .sizes import batch_limits, kinds, limits_shared
 
 if TYPE_CHECKING:
-    from apex_opt.evaluate import Instance
+    from apex_opt.oracle.instance import Instance
 
 
 class Runs:

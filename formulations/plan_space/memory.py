@@ -34,8 +34,8 @@ from .tables import greatest, tabulated
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from apex_opt.evaluate import Instance
     from apex_opt.ir.model import Block
+    from apex_opt.oracle.instance import Instance
 
     from .variables import Variables
 

@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any
 from ortools.sat.python import cp_model
 
 from apex_opt.errors import FormulationError
-from apex_opt.evaluate import FAMILIES, OF_CUTS, violations
+from apex_opt.oracle.checks import FAMILIES, OF_CUTS, violations
 
 from ..solver import new_solver
 from . import counting
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.cluster.types import Gpu
-    from apex_opt.evaluate import Instance
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.plan import Plan
 
 

@@ -19,9 +19,9 @@ from apex_opt.plans.drafts import draft_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from apex_opt.evaluate import Instance
     from apex_opt.ir.cells import Matrix
     from apex_opt.ir.model import Block, Model
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.speculation import Drafter
 
 

@@ -8,7 +8,7 @@ from functools import cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-from apex_opt.evaluate import IMBALANCE
+from apex_opt.oracle.checks import IMBALANCE
 from apex_opt.plans.memory import RUNTIME_BYTES
 
 from ..layers import Pipeline, rows, split
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.cluster.types import Gpu
-    from apex_opt.evaluate import Instance
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.plan import Plan, Template
 
 

@@ -11,7 +11,7 @@ from apex_opt.plans.plan import Plan, Template, even_split
 if TYPE_CHECKING:
     from ortools.sat.python import cp_model
 
-    from apex_opt.evaluate import Instance
+    from apex_opt.oracle.instance import Instance
 
 
 class Values(Protocol):

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from apex_opt.errors import FormulationError
-from apex_opt.evaluate import Violation, cuts, violations
+from apex_opt.oracle.checks import Violation, violations
+from apex_opt.oracle.space import cuts
 from apex_opt.plans.plan import repeated
 from apex_opt.search.ledger import Part
 from apex_opt.search.shapes.single import in_turn, replicas_of
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from apex_opt.cluster.types import Gpu
-    from apex_opt.evaluate import Instance
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.plan import Plan
     from apex_opt.search.facts import Facts
     from apex_opt.search.problem import Problem

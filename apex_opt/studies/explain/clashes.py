@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from apex_opt.evaluate import FAMILIES
 from apex_opt.figures.goals import step_limit_s
+from apex_opt.oracle.checks import FAMILIES
 from apex_opt.plans.deployment import ROLES
 from apex_opt.search.nearest import nearest
 from apex_opt.search.scorer import Scorer
@@ -19,7 +19,7 @@ from apex_opt.studies.explain.solving import OutOfTime
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from apex_opt.evaluate import Instance
+    from apex_opt.oracle.instance import Instance
     from apex_opt.search.problem import Problem
     from apex_opt.studies.explain.solving import Goals, Work
 

@@ -21,8 +21,8 @@ from apex_opt.search.space import Moves
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from apex_opt.evaluate import Instance
     from apex_opt.figures.run import Run
+    from apex_opt.oracle.instance import Instance
     from apex_opt.search.problem import Problem
 
     Tell = Callable[..., None]

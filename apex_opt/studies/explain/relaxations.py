@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from apex_opt.cluster.types import Gpu
-    from apex_opt.evaluate import Instance
     from apex_opt.figures import Goal
+    from apex_opt.oracle.instance import Instance
     from apex_opt.search.problem import Problem
     from apex_opt.studies.explain.clashes import Clash
     from apex_opt.studies.explain.solving import Goals, Work

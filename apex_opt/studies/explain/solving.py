@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from apex_opt.evaluate import decode_bytes
 from apex_opt.figures import load_objective
 from apex_opt.figures.measure import can_hold, statistic
+from apex_opt.oracle.checks import decode_bytes
 from apex_opt.search.best_first import Leaf, Queue, best_first, side_by_side
 from apex_opt.search.facts import judged
 from apex_opt.search.incumbent import FREE, Best, Incumbent
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from apex_opt.evaluate import Instance
     from apex_opt.figures import Goal, Objective
     from apex_opt.figures.run import Run
+    from apex_opt.oracle.instance import Instance
     from apex_opt.plans.deployment import Deployment
     from apex_opt.search.answer import Scored
     from apex_opt.search.best_first import Simulated

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from plan_cases import SMALL, dense, instance_at, latent, make_cluster, make_model, random_instance, sparse
+from plan_cases import SMALL, dense, instance_at, latent, make_cluster, make_model, sparse
 
 from apex_opt.engines import VLLM
-from apex_opt.errors import UsageError
-from apex_opt.evaluate import FAMILIES, Instance, decode_bytes, space, violations
 from apex_opt.ir import load_model
+from apex_opt.oracle.checks import FAMILIES, decode_bytes, violations
+from apex_opt.oracle.instance import Instance
 from apex_opt.plans.plan import parse_plan
 
 if TYPE_CHECKING:
@@ -191,31 +191,3 @@ def test_faults_come_in_the_order_in_which_plans_are_charged() -> None:
     )
     found = [v.family for v in violations(instance, parse_plan("dp3 pp4 attn(tp3) ffn(dp3)", model))]
     assert found == ["devices", *FAMILIES]
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_the_space_lists_every_plan_once_within_the_gpus_and_layers(seed: int) -> None:
-    instance = random_instance(seed)
-    plans = list(space(instance))
-    assert len(set(plans)) == len(plans)
-    for plan in plans:
-        assert plan.devices <= instance.max_devices
-        assert sum(plan.layers) == instance.model.layers
-        assert plan.ffn.ep == 1 or instance.model.is_moe
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"weight_formats": ()}, "needs weight formats"),
-        ({"kv_formats": ("bf16", "fp8")}, "needs weight formats"),
-        ({"weight_formats": ("int3",)}, "unknown weight format 'int3'; known: bf16"),
-        ({"kv_formats": ("int4",)}, "unknown KV format 'int4'"),
-        ({"max_devices": 0}, "0 is not between 1 and the 8 GPUs"),
-        ({"max_devices": 9}, "9 is not between 1 and the 8 GPUs"),
-    ],
-)
-def test_an_instance_refuses_what_it_cannot_plan(change: dict[str, Any], said: str) -> None:
-    good = instance_at(DENSE, None, 8)
-    with pytest.raises(UsageError, match=said):
-        replace(good, **change)
