@@ -3,7 +3,8 @@
 `recorded` serves what was recorded from engines.
 """
 
-from apex_opt.simulator.api import check_fits, run_deployment, run_disaggregated, run_phases, simulate
+from apex_opt.simulator.api import run_deployment, run_disaggregated, run_phases, simulate
+from apex_opt.simulator.checks import check_fits
 from apex_opt.simulator.handover import Handover
 from apex_opt.simulator.law import BatchLaw
 from apex_opt.simulator.outcome import BatchCounts, DisaggregatedOutcome, Outcome, PoolOutcome
