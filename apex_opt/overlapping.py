@@ -53,6 +53,11 @@ def overlaps_of(
     if len(set(chosen)) < len(chosen):
         raise UsageError(f"--overlap: {ask.overlap!r:.60} names one twice")
     planned = plans_overlap(ask)
+    for name in planned if plans_pools(ask) else ():
+        raise UsageError(
+            f"plan {getattr(ask, 'plan', '')!r:.100}: overlap={name} is of replicas whose batches hold both phases, "
+            "and pools hand prompts over; leave it out"
+        )
     if isinstance(ask, ExplainAsk):
         chosen += [name for name in planned if name not in chosen]  # it is compared with what a search would find
     if _NONE in chosen and "aggregated" not in serving and plans_pools(ask) and not planned:

@@ -42,4 +42,9 @@ def test_moves_shorten_the_tail_of_the_first_token_and_let_fewer_give_way() -> N
     tail = {option: float(row[3].removesuffix(" s")) for option, row in by_option.items()}
     moving, dealt = "--rescheduling llumnix", "--rescheduling llumnix:period_ms=999999999"
     assert tail[moving] < tail[dealt] < tail["--routing least_loaded"] < tail["--routing round_robin"]
+    said = " ".join(TEXT[TEXT.rindex("The third row") :].split())
+    deal, turns = by_option[dealt], by_option["--routing round_robin"]
+    assert f"from {turns[3]} with `round_robin` to {deal[3]}, as" in said
+    assert f"take it to {by_option[moving][3]}, and the preemptions from {deal[2]} to {by_option[moving][2]}." in said
+    assert f"here it is {tail['--routing round_robin'] / tail[moving]:.0f} times less" in said
     assert int(by_option[moving][2]) < min(int(by_option[name][2]) for name in (dealt, "--routing least_loaded"))

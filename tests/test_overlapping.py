@@ -116,6 +116,10 @@ def test_pools_and_shares_split_no_forward_and_are_asked_for_beside_none_alone()
         with pytest.raises(UsageError, match="which do not; leave these out, or add none to --overlap"):
             resolve(asked(serving=serving, overlap="two_batches", runnable="any"))
         assert resolve(asked(serving=serving, runnable="any")).overlaps == (None, "two_batches")
+    with pytest.raises(
+        UsageError, match="overlap=two_batches is of replicas whose batches hold both phases, and pools"
+    ):
+        resolve_plan("", SimulateAsk(**KNOWN, plan="prefill{tp1} + decode{tp1 overlap=two_batches}"))
     pools = "prefill{tp1 bf16} + decode{tp1 bf16}"
     given = {**KNOWN, "overlap": "none,two_batches", "serving": "aggregated,pools", "plan": pools}
     problem, deployment = resolve_plan(pools, SimulateAsk(**given))

@@ -58,6 +58,7 @@ def test_smaller_pages_get_blocks_of_more_tokens() -> None:
         ([FULL, KvLayer(kind="window", block_size=16, page_bytes=16 * 3072, window=8)], True, "do not divide"),
         ([FULL, KvLayer(kind="state", block_size=16, page_bytes=1024)], True, "a state of 1024 bytes does not fill"),
         ([FULL, WINDOW, KvLayer(kind="window", block_size=16, page_bytes=16, window=9)], False, "windows of 9 and 128"),
+        ([WINDOW, KvLayer(kind="window", block_size=16, page_bytes=16, window=9)], False, "windows of 9 and 128"),
         ([], True, "needs a layer"),
     ],
 )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from plan_cases import SMALL, beside, dense, feasible_plans, make_cluster, make_model, make_problem
+from plan_cases import beside, dense, make_cluster, make_model, make_problem, tight
+from pools_cases import PUSHING, SLEEPY, pairs_of, plans_of
 from search_cases import GPUS, SPACE, every, rank
 
 from apex_opt.engines.handover import HandoverTimes
-from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.plans.deployment import Deployment, Pool, parse_deployment
 from apex_opt.search import Scorer, search
 from apex_opt.search.bounds.handed import Handed
@@ -25,14 +24,10 @@ from apex_opt.workload import make_trace
 from formulations import deployment as programs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from apex_opt.plans.plan import Plan
     from apex_opt.plans.routing import Routing
     from apex_opt.search import Problem
 
 TIMES = HandoverTimes(proxy_us=300, notice_us=20, post_us=50, descriptor_us=1.5, rate_share=0.3)
-SLEEPY = replace(SMALL, scheduler=VllmScheduling(idle_sleep_us=1000))
 MODEL = make_model((dense(hidden=1024, columns=4096), 6))
 
 
@@ -61,31 +56,6 @@ def question(seed: int, gpus: int = 3, **changes: Any) -> Problem:
 def over_two(seed: int) -> Problem:
     """The same on two types of GPU."""
     return beside(question(seed, 2), make_cluster(2, **GPUS["slow"] | {"name": "slow", "price_per_h": 1.0}))
-
-
-def plans_of(problem: Problem, role: str, place: int) -> list[Plan]:
-    """Plans of a pool by plain Python, which the connector takes."""
-    side = problem.side(role, place)  # type: ignore[arg-type]
-    return [plan for plan in feasible_plans(side) if plan.stages == 1 and plan.attention.dp == 1]
-
-
-def pairs_of(problem: Problem) -> Iterator[Deployment]:
-    """Every pair of pools that fits."""
-    names = problem.types if problem.mixed else (None,)
-    free = [offer.free for offer in problem.offers]
-    for one, other in product(range(len(names)), repeat=2):
-        for first, second in product(plans_of(problem, "prefill", one), plans_of(problem, "decode", other)):
-            tp, of = first.attention.tp, second.attention.tp
-            shared = min(block.attention.kv_heads for block in problem.model.blocks)
-            good = of % tp == 0 or (tp % of == 0 and tp <= shared)
-            taken = first.devices + second.devices
-            room = taken <= min(problem.max_devices, free[one] if one == other else taken)
-            if good and room and first.weight_format == second.weight_format:
-                pools = (
-                    Pool(plan=first, gpu=names[one], role="prefill"),
-                    Pool(plan=second, gpu=names[other], role="decode"),
-                )
-                yield Deployment(pools=pools)
 
 
 @cache
@@ -149,7 +119,7 @@ def test_the_best_for_clients_is_the_best_of_all_pairs_and_beats_no_bound(seed: 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_best_that_sglang_hands_over_is_the_best_of_all_pairs_and_beats_no_bound(seed: int) -> None:
-    settings = replace(SMALL, scheduler=SglangScheduling(), block_size=1)
+    settings = PUSHING
     changes: dict[str, Any] = {"objective": "e2e_mean"}
     if seed == 0:  # each request alone, as bounds have it
         calm = make_trace(name="calm", arrival_ns=[0, 10**10], prompt=[300, 40], output=[3, 2])
@@ -209,7 +179,7 @@ def test_every_pair_is_read_back_from_its_text_with_the_same_figures(sides: tupl
 def test_the_parts_of_the_time_to_the_first_token_add_up_and_a_slow_link_is_seen_in_them(pushed: bool) -> None:
     asked = replace(question(0), serving=("pools",))
     if pushed:
-        asked = replace(asked, settings=replace(SMALL, scheduler=SglangScheduling(), block_size=1))
+        asked = replace(asked, settings=PUSHING)
     assert asked.handover is not None
     pair, means = next(pairs_of(asked)), []
     for share in (0.5, 0.0001):
@@ -238,7 +208,7 @@ def test_explain_weighs_the_hand_over_of_a_pair() -> None:
 
 def test_what_runs_in_plain_python_is_told_before_it_does() -> None:
     problem = replace(question(0, 4), serving=("pools",))
-    pushed = replace(problem, settings=replace(SMALL, scheduler=SglangScheduling(), block_size=1))
+    pushed = replace(problem, settings=PUSHING)
     for one, slow in ((problem, False), (pushed, False), (replace(pushed, routing="least_loaded"), True)):
         told: list[str] = []
         several = (pair for pair in pairs_of(one) if any(pool.plan.replicas > 1 for pool in pair.pools))
@@ -262,6 +232,15 @@ def test_why_pools_do_not_go_together_is_said_of_their_degrees_and_types() -> No
     pools = Pool(plan=plans[copies], role="prefill"), Pool(plan=plans[1], role="decode")
     said = " ".join(fault.text for fault in scorer.faults(Deployment(pools=pools)))
     assert f"tp{copies} cannot hand over to tp1: ranks of the {heads} KV heads would hold copies; give both the" in said
+
+
+def test_a_pool_that_finds_no_room_is_told_from_the_other_one() -> None:
+    problem = question(0, 4, slo="")
+    plan = plans_of(problem, "prefill", 0)[0]
+    small = tight(problem, 0.001)
+    pools = Pool(plan=plan, role="prefill"), Pool(plan=plan, role="decode")
+    said = [fault.text for fault in Scorer(small).faults(Deployment(pools=pools)) if fault.family == "memory"]
+    assert [text.split(": ")[0] for text in said] == ["prefill pool", "decode pool"]
 
 
 def test_why_there_is_no_pair_is_said_by_type_of_gpu() -> None:

@@ -101,14 +101,38 @@ def test_requests_move_on_crowded_replicas() -> None:
     assert sum(len(outcome.moved) for outcome in outcomes) > 5
 
 
+def queues(outcome: Outcome, trace: Trace) -> bool:
+    """Whether a request is not in the first batch that its replica forms once it is there, or has to give way."""
+    assert outcome.steps is not None and outcome.steps_per_replica is not None
+    first: dict[int, tuple[int, int]] = {}
+    starts, end = [], 0
+    for place, count in enumerate(outcome.steps_per_replica):
+        its, end = outcome.steps[end : end + count], end + count
+        starts.append([start for start, *_ in its])
+        for start, _, rows, _ in its:
+            for request, _, _ in rows:
+                first.setdefault(request, (place, start))
+    return outcome.preemptions > 0 or any(
+        start > min(other for other in starts[place] if other >= trace.arrival_ns[request])
+        for request, (place, start) in first.items()
+    )
+
+
 def test_where_nothing_queues_and_nobody_gives_way_moves_change_nothing() -> None:
-    for seed in range(6):
+    """With as few blocks as that takes; with Llumnix's own threshold or fewer blocks requests do move."""
+    sooner = fewer = 0
+    every = {"block_ns": 1000, "period_ns": 5 * MS}
+    for seed in range(12):
         trace = crowded(seed)
-        still = served(trace, NEVER, blocks=400)
-        moving = served(trace, Rescheduling(block_ns=1000, period_ns=5 * MS), blocks=400)
-        assert still.preemptions == 0
+        blocks = next(n for n in range(17, 400) if not queues(served(trace, NEVER, blocks=n), trace))
+        moving = served(trace, Rescheduling(**every), blocks=blocks)
         assert moving.moved == ()
-        assert moving.steps == still.steps
+        assert moving.steps == served(trace, NEVER, blocks=blocks).steps
+        sooner += len(
+            served(trace, Rescheduling(out_below=Fraction(3), in_from=Fraction(4), **every), blocks=blocks).moved
+        )
+        fewer += len(served(trace, Rescheduling(**every), blocks=24).moved)
+    assert sooner > 5 and fewer > 5
 
 
 def test_a_drained_replica_gets_nothing_and_what_moves_leaves_it() -> None:

@@ -151,9 +151,15 @@ def test_delays_that_cannot_be_are_refused() -> None:
         make_trace(**columns, delay_ns=[-1, -2], session=[0, 0])
     with pytest.raises(InputError, match="of their sessions or of clients, not both"):
         make_trace(**columns, delay_ns=[-1, 5], session=[0, 0], concurrency=1)
+    with pytest.raises(
+        InputError, match="row 2 waits for an answer and arrives at 9 ns, later than at 5 ns if that came"
+    ):
+        make_trace(**columns | {"arrival_ns": [0, 9]}, delay_ns=[-1, 5], session=[0, 0])  # bounds would be too high
     trace = make_trace(**columns, delay_ns=[-1, 5], session=[0, 0])
     half = trace.stretched(2.0)
     assert half.delay_ns is not None and half.delay_ns.tolist() == [-1, 10]
+    soon = make_trace(**columns | {"arrival_ns": [1, 2]}, delay_ns=[-1, 1], session=[0, 0]).stretched(1.4)
+    assert soon.delay_ns is not None and soon.delay_ns.tolist() == [-1, 1] and soon.arrival_ns.tolist() == [1, 2]
     from apex_opt.workload.steady import at_rate
 
     with pytest.raises(UsageError, match="wait for answers"):

@@ -218,9 +218,9 @@ def share_pool(layers: Sequence[KvLayer], available_bytes: int, *, hybrid: bool 
 
 
 def _all_full(layers: Sequence[KvLayer]) -> list[KvLayer]:
-    """Windows and chunks kept as if they saw all tokens, beside layers that do."""
+    """Windows and chunks kept as if they saw all tokens, beside layers that do; alone as they are."""
     windows = {layer.window for layer in layers if layer.window}
-    if not any(layer.kind == "full" for layer in layers):
+    if len(windows) <= 1 and not any(layer.kind == "full" for layer in layers):
         return list(layers)
     if len(windows) > 1:
         raise InputError(

@@ -142,7 +142,7 @@ class Scorer:
             facts = self.facts_of(pool)
             found = faults(facts, pool.plan) if pool.plan.on else violations(facts.problem.instance(), pool.plan)
             for fault in (one for one in found if one.family not in ("balance", "bandwidth")):
-                yield fault
+                yield fault if pool.role is None else replace(fault, text=f"{pool.role} pool: {fault.text}")
         if deployment.disaggregated:
             yield from self.pairs.faults(*pools)
         elif len(pools) > 1 and fault is None:

@@ -167,6 +167,18 @@ class Trace:
         if (self.before[self.delay_ns >= 0] < 0).any():
             row = int(np.flatnonzero((self.delay_ns >= 0) & (self.before < 0))[0])
             raise InputError(f"trace {self.name}: row {row + 1} waits for an answer and is the first of its session")
+        if len(late := np.flatnonzero((self.delay_ns >= 0) & (self.arrival_ns > self._soonest_ns))):
+            row, soonest_ns = int(late[0]), int(self._soonest_ns[late[0]])
+            raise InputError(
+                f"trace {self.name}: row {row + 1} waits for an answer and arrives at {self.arrival_ns[row]} ns, later "
+                f"than at {soonest_ns} ns if that came at once; give the earliest arrival that there can be"
+            )
+
+    @property
+    def _soonest_ns(self) -> Ints:
+        """When requests that wait arrive if the answers before them come at once."""
+        assert self.delay_ns is not None
+        return np.asarray(self.arrival_ns[self.before] + self.delay_ns)
 
     @property
     def before(self) -> Ints:
@@ -288,9 +300,14 @@ class Trace:
             raise UsageError(
                 f"trace {self.name}: stretched by {factor:.4g}, arrivals pass 2**61 ns (73 years); lower the factor"
             )
+        arrival_ns, delay_ns = arrival.astype(np.int64), None
+        if self.delay_ns is not None:
+            delay_ns, before = _scaled(self.delay_ns, float(factor)), self.before
+            for row in np.flatnonzero(delay_ns >= 0).tolist():  # each rounded, waits may come to less in all
+                arrival_ns[row] = min(arrival_ns[row], arrival_ns[before[row]] + delay_ns[row])
         return make_trace(
             name=f"{self.name}*{factor:g}",
-            arrival_ns=arrival.astype(np.int64),
+            arrival_ns=arrival_ns,
             prompt=self.prompt,
             output=self.output,
             max_new_tokens=self.max_new_tokens,
@@ -302,7 +319,7 @@ class Trace:
             media=self.media,
             session=self.session,
             priority=self.priority,
-            delay_ns=None if self.delay_ns is None else _scaled(self.delay_ns, float(factor)),
+            delay_ns=delay_ns,
         )
 
     def head(self, n: int) -> Trace:
