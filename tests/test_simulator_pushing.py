@@ -86,7 +86,7 @@ def reserve(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Lets decode instances keep room for so many tokens to come."""
 
     def reserve(tokens: int) -> None:
-        for module in ("reference.pushing", "api", "pack.pushing"):
+        for module in ("reference.pushing", "checks", "pack.pushing"):
             monkeypatch.setattr(f"apex_opt.simulator.{module}.RESERVED", tokens)
 
     return reserve
