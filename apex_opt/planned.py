@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from apex_opt.arguments import Ask, Setup, SimulateAsk
+from apex_opt.engines import load_kind
 from apex_opt.errors import UsageError
 from apex_opt.measured.clients import Deployed
 from apex_opt.plans.deployment import parse_deployment
@@ -125,6 +126,7 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
             f"--rescheduling: requests move between the replicas of a plan, and {text!r:.60} is not one plan of several"
         )
     named = tuple(dict.fromkeys(pool.plan.speculation for pool in pools))
+    load_kind(ask.engine).check_drafting(drafts=None not in named, ahead=ask.async_scheduling)
     if named != problem.drafters:
         problem = _drafting(named, ask, problem)
     blind = () if ask.prefix_caching else about_blind(pool.plan.route for pool in pools if pool.plan.route is not None)

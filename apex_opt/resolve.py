@@ -129,9 +129,11 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     )
     notes = (*notes, *told)
     drafters = parse_speculation(ask.speculation)
+    named = "spec=" in str(getattr(ask, "plan", ""))
+    kind.check_drafting(drafts=None not in drafters or named, ahead=ask.async_scheduling)
     if not any(drafters) and ask.acceptance is not None:
         check_acceptance(ask.acceptance)
-        if "spec=" not in str(getattr(ask, "plan", "")):
+        if not named:
             notes = (
                 *notes,
                 "--acceptance has no effect where no drafts are made; --speculation=eagle:3 would make some",

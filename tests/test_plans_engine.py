@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from apex_opt.errors import UsageError
-from apex_opt.plans.engine import EngineSettings
+from apex_opt.ir import load_model
+from apex_opt.plans.engine import EngineSettings, limited
+from apex_opt.plans.plan import parse_plan
 
 COUNTS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size")
 
@@ -39,6 +41,22 @@ def test_a_budget_below_the_running_sequences_is_refused() -> None:
     EngineSettings(max_num_seqs=256, max_num_batched_tokens=256)
     with pytest.raises(UsageError, match="max_num_batched_tokens 255 is below max_num_seqs 256"):
         EngineSettings(max_num_seqs=256, max_num_batched_tokens=255)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("tokens=100", "plan: tokens=100 is below max_num_seqs 1024: .*; name tokens=1024 or more, or seqs=100 or less"),
+        ("seqs=9000", "plan: seqs=9000 is above max_num_batched_tokens 8192: .*; name tokens=9000 or more, or seqs=8192"),
+        ("seqs=600 tokens=512", "plan: tokens=512 is below seqs=600: "),
+        ("tokens=2048", "plan: tokens=2048 has no room for a prompt of up to 4096 tokens .*; name tokens=4096 or more"),
+    ],
+)
+def test_limits_that_a_plan_names_are_refused_in_its_words(words: str, told: str) -> None:
+    whole = words == "tokens=2048"
+    settings = EngineSettings(chunked_prefill=not whole, max_model_len=4096)
+    with pytest.raises(UsageError, match=told):
+        limited(settings, parse_plan(f"attn(tp1) ffn(tp1) bf16 {words}", load_model("llama-3.1-8b")))
 
 
 def test_a_prompt_that_may_not_be_split_must_fit_one_batch() -> None:

@@ -223,6 +223,25 @@ def test_a_limit_of_a_batch_that_was_asked_for_is_kept_or_refused_when_prompts_a
             {"engine": "orca", "emit": True},
             "--emit: no command starts orca; of these there are some: --engine=sglang, ",
         ),
+        (
+            {"engine": "sglang-0.5.9-drafts"},
+            "its times are of plans that verify drafts, and there are plans without here; give --speculation such as "
+            "mtp:3, or --engine=sglang-0.5.9",
+        ),
+        (
+            {"engine": "sglang-0.5.9-drafts", "speculation": "none,eagle:3", "acceptance": "2"},
+            "and there are plans without here",
+        ),
+        (
+            {
+                "engine": "sglang-0.5.9-drafts",
+                "speculation": "eagle:3",
+                "acceptance": "2",
+                "async_scheduling": True,
+            },
+            "--async_scheduling=true: the times of sglang-0.5.9-drafts are without overlap; leave it out, or give "
+            "--engine=sglang-0.5.9",
+        ),
         ({"engine_settings": "mixed=1"}, "unknown setting of vllm 'mixed'"),
         ({"serving": "pools", "engine": "static"}, "how static hands prompts over to another pool is not modelled"),
         (

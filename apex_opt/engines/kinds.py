@@ -88,6 +88,8 @@ class EngineKind:
     left_out : mapping         settings of the engine that are not simulated, by name, and what they would do
     expected : tuple or None   of a user's file, the errors it was calibrated to: figure, runs, and measured over
                                predicted, low, middle and high; None of a shipped engine
+    plain : str                where its times were fitted on plans that verify drafts and form no batch ahead, the
+                               kind for all others; empty where it is for these too
     """
 
     name: str
@@ -99,6 +101,7 @@ class EngineKind:
     handover: Mapping[str, Default]
     left_out: Mapping[str, str]
     expected: tuple[tuple[str, int, float, float, float], ...] | None = None
+    plain: str = ""
 
     def common(self, memory_bytes: float) -> dict[str, Any]:
         """The defaults of `COMMON`, on a GPU with so much memory."""
@@ -119,6 +122,31 @@ class EngineKind:
             if not given:
                 raise
             raise UsageError(f"--engine_settings: {error}") from None
+
+    def check_drafting(self, *, drafts: bool, ahead: bool | None) -> None:
+        """Refuse what the times of an engine that always verifies drafts are not of.
+
+        Parameters
+        ----------
+        drafts : bool           whether every plan that is asked about makes some
+        ahead : bool or None    whether batches are asked to be formed ahead; None: as the engine does
+
+        Raises
+        ------
+        UsageError
+        """
+        if not self.plain:
+            return
+        if not drafts:
+            raise UsageError(
+                f"--engine={self.name}: its times are of plans that verify drafts, and there are plans without here; "
+                f"give --speculation such as mtp:3, or --engine={self.plain}"
+            )
+        if ahead:
+            raise UsageError(
+                f"--async_scheduling=true: the times of {self.name} are without overlap; leave it out, or give "
+                f"--engine={self.plain}"
+            )
 
     def handing_over(self, text: str | None = None) -> HandoverTimes:
         """The times of handing a prompt over, some as given in a text such as `name=value,name=value`.
@@ -314,6 +342,7 @@ def _kind(name: str, table: dict[str, Any], base: EngineKind | None) -> EngineKi
         defaults=MappingProxyType({setting: defaults[setting] for setting in known}),
         handover=MappingProxyType((dict(alike.handover) if alike is not None else {}) | times),
         left_out=MappingProxyType((dict(alike.left_out) if alike is not None else {}) | table.get("left_out", {})),
+        plain=table.get("plain", ""),
     )
 
 

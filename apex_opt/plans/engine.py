@@ -342,19 +342,49 @@ def limited(settings: EngineSettings, plan: Plan) -> EngineSettings:
     multiplexed = plan.shares is not None and plan.shares.multiplexed
     if limits == (None, None) and plan.speculation is None and not multiplexed:
         return settings
-    tokens = plan.max_num_batched_tokens or settings.max_num_batched_tokens
     speculation = _of_drafts(settings, plan.speculation) if plan.speculation else None
+    seats = settings.scheduler.seats_of(settings.max_num_seqs, drafting=speculation is not None)
+    seqs, tokens = plan.max_num_seqs or seats, plan.max_num_batched_tokens or settings.max_num_batched_tokens
+    tokens = max(tokens, settings.max_model_len) if multiplexed else tokens
+    _check_named(settings, plan, seqs, tokens)
     return replace(
         settings,
-        max_num_seqs=plan.max_num_seqs
-        or settings.scheduler.seats_of(settings.max_num_seqs, drafting=speculation is not None),
-        max_num_batched_tokens=max(tokens, settings.max_model_len) if multiplexed else tokens,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
         chunked_prefill=settings.chunked_prefill and not multiplexed,
         speculation=speculation,
         async_scheduling=settings.async_scheduling
         and not multiplexed
         and (speculation is None or speculation.rules.forms_ahead or not settings.scheduler.waits_for_host),
     )
+
+
+def _check_named(settings: EngineSettings, plan: Plan, seqs: int, tokens: int) -> None:
+    """Refuse limits that a plan names and that do not go with the others, in the words of its text.
+
+    Parameters
+    ----------
+    settings, plan
+    seqs, tokens : int    limits with those of the plan
+
+    Raises
+    ------
+    UsageError
+    """
+    named_seqs, named_tokens = plan.max_num_seqs is not None, plan.max_num_batched_tokens is not None
+    if tokens < seqs and (named_seqs or named_tokens):
+        less = f"tokens={tokens}" if named_tokens else f"max_num_batched_tokens {tokens}"
+        more = f"seqs={seqs}" if named_seqs else f"max_num_seqs {seqs}"
+        what = f"{less} is below {more}" if named_tokens else f"{more} is above {less}"
+        raise UsageError(
+            f"plan: {what}: every running sequence may want a token in one batch; name tokens={seqs} or more, or "
+            f"seqs={tokens} or less"
+        )
+    if named_tokens and settings.whole_prompts and settings.scheduler.whole_length and tokens < settings.max_model_len:
+        raise UsageError(
+            f"plan: tokens={tokens} has no room for a prompt of up to {settings.max_model_len} tokens (max_model_len), "
+            f"as prompts are not split; name tokens={settings.max_model_len} or more"
+        )
 
 
 def _of_drafts(settings: EngineSettings, drafter: Drafter) -> Speculation:
