@@ -167,6 +167,16 @@ def test_of_reused_prefixes_and_encoders_nothing_comparable_was_measured(more: s
     assert all(one["low"] is None and one["of"] == "nothing comparable was measured" for one in figures)
 
 
+def test_an_older_release_is_told_the_errors_of_its_engine_as_such() -> None:
+    words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--trace=static:n=2,prompt=16,output=2", "--format=json")
+    newest, older = (
+        json.loads(run(*words, "--cluster=1xh200-sxm", f"--engine={name}").out)["expected"][0]
+        for name in ("vllm", "vllm-0.12")
+    )
+    assert newest["of"].startswith("vllm, on h200-sxm-141gb")
+    assert not older["nearest"] and older["of"].startswith("vllm of all releases, on h200-sxm-141gb")
+
+
 def test_a_goal_that_is_met_by_less_than_the_expected_error_is_told() -> None:
     words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--trace=static:n=2,prompt=16,output=2", "--format=json")
     mean = json.loads(run(*words, "--cluster=1xh200-sxm").out)["best"]["metrics"]["tpot_s"]["mean"]

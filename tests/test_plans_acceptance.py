@@ -92,6 +92,16 @@ def test_published_means_are_taken_with_a_note() -> None:
         assert "Llama-4-Scout" in notes[0] and "for all models" in notes[0]
 
 
+def test_drafts_that_are_told_of_and_not_made_are_named(tmp_path: Path) -> None:
+    model, path = load_model("llama-3.1-8b"), tmp_path / "counts.json"
+    path.write_text('{"accepted": [2, 0], "proposed": [4, 4]}')
+    for text, told, drafts in (("0.8/0.6/0.4/0.2", 4, 2), (str(path), 4, 3), ("0.8/0.6", 2, 1)):
+        _, (note,) = speculations(model, parse_speculation(f"eagle:{drafts}"), text)
+        assert f"tells of up to {told} drafts a row, and at most {drafts} are made here: the first {drafts} count" in note
+        assert speculations(model, parse_speculation(f"eagle:{drafts},eagle:{told}"), text)[1] == ()
+    assert speculations(model, parse_speculation("eagle:2"), "2.5")[1] == ()
+
+
 def test_a_file_gives_counts_by_position(tmp_path: Path) -> None:
     path = tmp_path / "counts.json"
     path.write_text(json.dumps({"accepted": [3, 0, 1], "proposed": [3, 5, 1]}))

@@ -120,14 +120,19 @@ def speculations(
         )
     notes: dict[tuple[str, str], list[str]] = {}
     proposed: tuple[int, ...] = ()
+    told, most = 0, max(drafter.draft_tokens for drafter in chosen)
     if acceptance is None:
         lists = [_right(_of_published(model, drafter, notes), drafter.draft_tokens) for drafter in chosen]
     elif acceptance.lower().endswith(".json"):
         accepted, proposed = _read(acceptance)
-        lists = [accepted for _ in chosen]
+        told, lists = max(*accepted, *proposed, 0), [accepted for _ in chosen]
     else:
-        most = max(drafter.draft_tokens for drafter in chosen)
+        told = len(acceptance.split("/"))
         lists = [_right(_rates(acceptance, most), drafter.draft_tokens) for drafter in chosen]
+    unused = (
+        f"--acceptance: {shown(acceptance)} tells of up to {told} drafts a row, and at most {most} are made here: the "
+        f"first {most} count",
+    )
     return tuple(
         Speculation(
             method=drafter.method,
@@ -137,7 +142,7 @@ def speculations(
             model=drafter.model,
         )
         for drafter, accepted in zip(chosen, lists, strict=True)
-    ), tuple(
+    ), (unused if told > most else ()) + tuple(
         f"{method}: {means[0].replace(' ', ' tokens a row ', 1)}{''.join(f', {mean}' for mean in means[1:])} {told}"
         for (method, told), means in notes.items()
     )

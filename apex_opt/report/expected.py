@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
@@ -56,7 +57,11 @@ def _found(problem: Problem, scored: Scored, figure: str) -> Expected | None:
         return None
     told = problem.overhead.expected
     if told is None or figure == "energy":
-        return expected(kind, figure)
+        known = expected(kind, figure)
+        if known is None or problem.overhead.name == kind.engine:
+            return known
+        # The board has an engine's releases together.
+        return replace(known, of=known.of.replace(kind.engine, f"{kind.engine} of all releases", 1), nearest=False)
     of = f"{problem.overhead.name}, loads that were left out when it was calibrated"
     rows = ((runs, low, middle, high) for name, runs, low, middle, high in told if name == figure)
     return next((Expected(of, True, *row) for row in rows), None)
