@@ -102,7 +102,7 @@ def test_a_page_is_one_small_file_that_tells_what_the_text_tells(
         found = re.search('<p class="lead">(.*?)</p>', pages[name].read_text())
         assert found is not None
         assert unescape(found[1]).startswith(beginning)
-    assert "Feasible would be, cheapest first: --" in unescape(pages["infeasible"].read_text())
+    assert "Feasible would be, fewest GPUs first: --" in unescape(pages["infeasible"].read_text())
 
 
 def test_all_charts_are_drawn_without_a_word_on_the_console_or_to_the_network(

@@ -661,7 +661,7 @@ def test_limits_of_a_plan_act_as_the_same_settings_do(plan: str, text: str, limi
 def test_limits_that_do_not_go_with_the_settings_are_refused() -> None:
     model = load_model("llama-3.1-8b")
     problem = make_problem(model, "2xh200-sxm", random_trace(3, 5))
-    with pytest.raises(UsageError, match="max_num_batched_tokens 8 is below max_num_seqs 16"):
+    with pytest.raises(UsageError, match="plan: tokens=8 is below max_num_seqs 16"):
         judge(problem, Deployment.of(parse_plan("tp2 tokens=8", model)))
 
 

@@ -300,6 +300,15 @@ def test_a_plan_that_cannot_run_says_which_constraint_it_breaks(text: str, part:
     assert (part or "format: test-gpu does not compute in int8, which w8a8 needs") in answer.reason
 
 
+def test_runs_that_tell_how_far_off_a_plan_is_are_counted() -> None:
+    problem = make_problem(make_model((dense(), 4)), make_cluster(2), random_trace(1, 10), "ttft_p95<=1us")
+    answer = highest_rate(problem, SPACE)
+    assert answer.reason is not None and "as bounds show; by these the closest, " in answer.reason
+    assert answer.simulations == 1
+    given = highest_rate(problem, SPACE, deployment=Deployment.of(parse_plan("tp2", problem.model)))
+    assert given.simulations == 2  # one to see that it can run, one by single requests
+
+
 def test_a_plan_that_misses_at_any_rate_says_what_it_reaches() -> None:
     model = make_model((dense(), 4))
     problem = make_problem(model, make_cluster(2), random_trace(1, 10), "ttft_p95<=5ms")

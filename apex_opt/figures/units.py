@@ -51,7 +51,8 @@ class Unit:
     sample : str                a limit, to show how one is written
     example : bool              whether the usual example helps
     told : tuple of (scale, text)
-        how a value is told: in so many of the unit, with a name of its own
+        how a value is told: in so many of the unit, with a name of its own, the largest first; in the first that is no
+        more than it, else in the last
     of_time : int or None       a value is multiplied by f**of_time where all takes f times as long, at the same power;
                                 None: not known
     """
@@ -64,7 +65,7 @@ class Unit:
     sign: str = ""
     sample: str = "10"
     example: bool = False
-    told: tuple[float, str] = (1.0, "")
+    told: tuple[tuple[float, str], ...] = ((1.0, ""),)
     of_time: int | None = None
 
     def read(self, where: str, text: str) -> float:
@@ -95,7 +96,7 @@ class Unit:
 
     def tell(self, value: float) -> str:
         """A value with its unit, in a sentence."""
-        scale, text = self.told
+        scale, text = next((one for one in self.told if abs(value) >= one[0]), self.told[-1])
         number = value / scale
         return f"{f'{number:.4g}' if abs(number) < 9999.5 else f'{number:,.0f}'} {text or self.name}"
 
@@ -108,17 +109,17 @@ DURATION: Final = Unit(
     folded=True,
     sample="500ms",
     example=True,
-    told=(1e-3, "ms"),
+    told=((1.0, "s"), (1e-3, "ms")),
     of_time=1,
 )
-LONG_DURATION: Final = replace(DURATION, told=(1.0, "s"), sample="60s")
+LONG_DURATION: Final = replace(DURATION, told=((1.0, "s"),), sample="60s")
 ENERGY: Final = Unit(
     name="J",
     form=f"a number and a unit ({', '.join(_ENERGIES)})",
     endings=_ENERGIES,
     written=("MJ", "kJ", "J", "mJ"),
     sample="200kJ",
-    told=(1e3, "kJ"),
+    told=((1e3, "kJ"),),
     of_time=1,
 )
 ENERGY_PER_TOKEN: Final = Unit(

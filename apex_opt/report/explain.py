@@ -265,12 +265,14 @@ def why_not(console: Console, document: Document) -> None:
     ]
     if rows:
         heads = ("ask for", "that is", "plan", document["objective"]["name"])
-        table(console, "Feasible would be, cheapest first", heads, rows, left={0, 1, 2})
+        table(console, "Feasible would be, fewest GPUs first", heads, rows, left={0, 1, 2})
     elif not document["not_tried"]:
         console.print("No change that was tried makes it feasible: use other GPUs, or a lighter or shorter trace.")
     notes = []
     if early := [way["plan"] for way in document["relaxations"] if not way["best"]]:
         notes.append(f"Not shown to be the best, the time was up: {', '.join(early)}.")
+    if any("weights" in way["options"] for way in document["relaxations"]):
+        notes.append("Of weight formats that give a plan the one of the most bits is told; a narrower may be faster.")
     if document["tried_for_nothing"]:
         notes.append(f"Alone would not do: {', '.join(document['tried_for_nothing'])}.")
     if document["not_tried"]:

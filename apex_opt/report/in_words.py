@@ -70,7 +70,7 @@ def _changes(document: Document) -> Iterator[str]:
     found = document.get("relaxations") or []
     options = (" ".join(f"--{name}={value}" for name, value in one["options"].items()) for one in found[:_CHANGES])
     if found:
-        yield f"Feasible would be, cheapest first: {'; '.join(options)}."
+        yield f"Feasible would be, fewest GPUs first: {'; '.join(options)}."
 
 
 def _front(document: Document) -> Iterator[str]:

@@ -135,6 +135,7 @@ class Answer:
     alone : tuple of Scored or None       the best on each type of GPU alone; None where none meets the goals
     ledger : Ledger                       why nothing else wins
     reason : str or None                  why there is none
+    told : int                            runs that were made to tell why, beside those of the ledger
     """
 
     status: Status
@@ -142,6 +143,7 @@ class Answer:
     alone: tuple[Scored | None, ...]
     ledger: Ledger
     reason: str | None = None
+    told: int = 0
 
     @property
     def best(self) -> Scored | None:

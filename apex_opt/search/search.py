@@ -116,8 +116,8 @@ def _search(
     if ranked:
         status: Status = "optimal" if ledger.optimal else "feasible"
         return Answer(status=status, candidates=tuple(ranked), alone=alone, ledger=ledger)
-    status = "unknown" if ledger.waiting else "infeasible"
-    return Answer(status=status, candidates=(), alone=alone, ledger=ledger, reason=tree.why_not(found))
+    status, why = "unknown" if ledger.waiting else "infeasible", tree.why_not(found)
+    return Answer(status=status, candidates=(), alone=alone, ledger=ledger, reason=why, told=tree.told)
 
 
 def _lexicographic(
@@ -188,6 +188,7 @@ class Tree:
             for name in types
         ]
         self._others: list[Together | Unseen | Pipelines] = []
+        self.told = 0  # runs made for `why_not`
         self._sides: list[Sides] = []
 
     @property
@@ -338,13 +339,15 @@ class Tree:
             return f"the time limit was reached with {left} plans left, before one was found that meets the goals"
         if not single.space.feasible:
             return nearest_violation(problem.instance())
-        closest = min(done, key=lambda scored: _miss(problem, scored), default=None)
+        closest, told = min(done, key=lambda scored: _miss(problem, scored), default=None), "; the closest, {}, misses"
         if closest is None:
             # Every plan was ruled out by a bound; the one with the least bound shows by how much.
             plans = (Deployment.of(plan, single.gpu) for plan in single.plans())
             closest = self.scorer.simulate(min(plans, key=lambda one: self.scorer.bounds(one)[0][0]))
+            told = ", as bounds show; by these the closest, {}, run to tell how far off, misses"
+            self.told += 1
         return (
-            f"no feasible plan meets the SLOs; the closest, {closest.plan}, misses "
+            f"no feasible plan meets the SLOs{told.format(closest.plan)} "
             f"{misses(closest.metrics, problem.slos)}: relax these, offer more or faster GPUs, or lighten the trace"
         )
 

@@ -8,7 +8,6 @@ hold as well. That assumes that goals which fail at a rate fail at all higher on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from time import monotonic, time
@@ -16,30 +15,27 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import UsageError
 from apex_opt.search.answer import misses
-from apex_opt.search.best_first import Leaf, Queue, Unfinished, best_first
+from apex_opt.search.best_first import Unfinished, best_first
 from apex_opt.search.incumbent import FREE, Incumbent
 from apex_opt.search.ledger import Ledger
 from apex_opt.search.search import judge, search, silent, tell_compiling
-from apex_opt.search.space import check_lengths
-from apex_opt.studies.candidates import Candidate, Candidates, Rater
 from apex_opt.studies.capacity_answer import Capacity, PlanRate
-from apex_opt.studies.one_rate import Found, highest_of, size_of, sustained_by
+from apex_opt.studies.one_rate import Found, highest_of, sustained_by
+from apex_opt.studies.rate_space import Space, beside, by_guess
 from apex_opt.studies.rates import Grid
 from apex_opt.studies.steady import DOUBLINGS, Steady, Trial
 from apex_opt.studies.trials import LATE, Here
 from apex_opt.workload.steady import rate_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from apex_opt.plans.deployment import Deployment
-    from apex_opt.search.answer import Scored, Status
+    from apex_opt.search.answer import Scored
     from apex_opt.search.best_first import Branch, Challenge
     from apex_opt.search.ledger import Costs, Part
     from apex_opt.search.problem import Problem
-    from apex_opt.search.scorer import Scorer
     from apex_opt.search.search import Formulations, Progress
-    from apex_opt.studies.candidates import Product, Rated
     from apex_opt.studies.trials import Trials
 
 ASSUMPTION: Final = "goals that fail at a rate fail at every higher one"
@@ -98,61 +94,6 @@ class _Cheapest(Incumbent):
         self._ranked = sorted([*self._ranked, (costs, scored.text, scored)], key=lambda ranked: ranked[:2])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Partly:
-    """A branch: the pools chosen so far, with options for the next in the order of their guess."""
-
-    product: Product
-    admits: Callable[[Costs, Part], bool]
-    options: Sequence[tuple[Rated, ...]]
-    bounds: Sequence[Costs]
-    ends: Sequence[int]
-    """Deployments up to each option, that one included."""
-
-    @property
-    def part(self) -> Part:
-        return self.product.part
-
-    def leaves(self, first: int, last: int) -> int:
-        return self.ends[last - 1] - (self.ends[first - 1] if first else 0)
-
-    def child(self, place: int) -> Iterator[Branch]:
-        return (_beside(self.product, chosen, self.admits) for chosen in [self.options[place]])
-
-
-def _beside(product: Product, chosen: tuple[Rated, ...], admits: Callable[[Costs, Part], bool]) -> Branch:
-    """The options of the next pool beside those chosen; of the last pool those that may matter, the others counted."""
-    options = list(product.options(chosen))
-    if len(chosen) + 1 == product.pools:
-        candidates = []
-        for option, _ in options:
-            candidate = product.candidate((*chosen, option))
-            if candidate is None:
-                continue
-            if admits(_rate_bound(candidate), product.part):
-                candidates.append(candidate)
-            else:
-                product.part.beat(_rate_bound(candidate))
-        return _by_guess(product.part, candidates)
-    rows = []
-    for option, ends in options:
-        beside = (*chosen, option)
-        gpus = sum(one.devices for one in beside)
-        rows.append(((-inf, -product.at_most_per_s(beside), float(gpus)), str(option.pool), beside, ends))
-    rows.sort(key=lambda row: (row[0], row[1]))
-    total, ends_ = 0, []
-    for *_, ends in rows:
-        total += ends
-        ends_.append(total)
-    return _Partly(
-        product=product,
-        admits=admits,
-        options=[row[2] for row in rows],
-        bounds=[row[0] for row in rows],
-        ends=ends_,
-    )
-
-
 def highest_rate(
     problem: Problem,
     formulation: Formulations,
@@ -197,7 +138,7 @@ def highest_rate(
     try_ = trials(steady)
     longest = len(problem.trace) * steady.loops << DOUBLINGS
     grid = Grid.of(rate_of(problem.trace), resolution, longest)
-    space = _Space.of(steady, steady.at(grid.rate_per_s(grid.low)), formulation, deployment, tell)
+    space = Space.of(steady, steady.at(grid.rate_per_s(grid.low)), formulation, deployment, tell)
     incumbent = _Fastest(grid, top)
 
     def scores(runs: Sequence[Challenge], ahead: Iterable[Challenge]) -> Sequence[Scored | Unfinished | None]:
@@ -213,17 +154,17 @@ def highest_rate(
         return [one.trial.run if isinstance(one, Found) else one for one in found]
 
     prepare = partial(tell_compiling, tell, space.scorer.problem)
-    branches: list[Branch] = [_by_guess(part, [one for one in space.alone if one.part is part]) for part in space.parts]
-    branches += [_beside(product, (), incumbent.admits) for product in space.products]
+    branches: list[Branch] = [by_guess(part, [one for one in space.alone if one.part is part]) for part in space.parts]
+    branches += [beside(product, (), incumbent.admits) for product in space.products]
     best_first(branches, incumbent, scores, _saying(tell, "searching rates"), deadline, prepare)
     last, best = incumbent.last, incumbent.best
     space.end(None if last is None else (-grid.rate_per_s(last.step), inf))
     ledger = Ledger(parts=space.parts, best=(-grid.rate_per_s(best[0].step),) if best else None)
     plans = tuple(_ended(steady, grid, found) for found in best)
-    reason = None
+    reason, told = None, 0
     if not plans:
         one_by_one = steady.at(grid.rate_per_s(grid.low), 1).problem
-        reason = _why_not("even at one request at a time", one_by_one, formulation, space, ledger)
+        reason, told = _why_not("even at one request at a time", one_by_one, formulation, space, ledger)
     return Capacity(
         status=space.status(ledger, bool(plans)),
         asked_per_s=None,
@@ -231,7 +172,7 @@ def highest_rate(
         plans=plans,
         ledger=ledger,
         larger=(0,) * len(space.parts),
-        simulations=space.simulations + steady.simulations,
+        simulations=space.simulations + steady.simulations + told,
         reason=reason,
     )
 
@@ -269,7 +210,7 @@ def fewest_gpus(
     _check_goals(problem)
     steady = Steady(problem, like)
     try_, scorer = trials(steady), steady.at(rate_per_s)
-    space = _Space.of(steady, scorer, formulation, deployment, tell)
+    space = Space.of(steady, scorer, formulation, deployment, tell)
     incumbent = _Cheapest(scorer.problem, top)
     asked: list[Deployment] = []
 
@@ -309,10 +250,12 @@ def fewest_gpus(
     best = (float(found[0].devices), *scorer.problem.costs(found[0].metrics)) if found else None
     ledger = Ledger(parts=space.parts, best=best)
     where = f"at {rate_per_s:.4g} requests/s"
-    reason = None
+    reason, told = None, 0
     if not found:
         failed = ((one, incumbent.trials[one]) for one in asked if one in incumbent.trials)
-        reason = _near_miss(where, failed) or _why_not(where, scorer.problem, formulation, space, ledger)
+        reason = _near_miss(where, failed)
+        if reason is None:
+            reason, told = _why_not(where, scorer.problem, formulation, space, ledger)
     return Capacity(
         status=space.status(ledger, bool(found)),
         asked_per_s=rate_per_s,
@@ -324,141 +267,9 @@ def fewest_gpus(
         ),
         ledger=ledger,
         larger=larger,
-        simulations=space.simulations + steady.simulations,
+        simulations=space.simulations + steady.simulations + told,
         reason=reason,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Space:
-    """Deployments to choose from, and those that cannot run.
-
-    Parameters
-    ----------
-    scorer : Scorer                  at the rate at which what misses a goal by its bound is left out
-    parts : tuple of Part
-    alone : list of Candidate        of one pool, or the one asked about
-    products : list of Product       of several pools
-    given : Deployment or None       the only one asked about
-    feasible : bool                  whether any can run
-    simulations : int                made to find out
-    reason : str or None             why the one asked about cannot run
-    """
-
-    scorer: Scorer
-    parts: tuple[Part, ...]
-    alone: list[Candidate]
-    products: list[Product]
-    given: Deployment | None
-    feasible: bool
-    simulations: int = 0
-    reason: str | None = None
-
-    @classmethod
-    def of(
-        cls,
-        steady: Steady,
-        scorer: Scorer,
-        formulation: Formulations,
-        deployment: Deployment | None,
-        tell: Progress,
-    ) -> _Space:
-        """The deployments of the problem, or the one asked about."""
-        check_lengths(scorer.problem)
-        if deployment is None:
-            found = Candidates(steady.own, scorer, formulation, tell)
-            return cls(
-                scorer=scorer,
-                parts=found.parts,
-                alone=found.alone,
-                products=found.products,
-                given=None,
-                feasible=found.any_feasible,
-            )
-        answer = judge(scorer.problem, deployment, tell)
-        (part,) = answer.ledger.parts
-        simulations = part.simulated
-        part.seen, part.missed = [], 0
-        part.best = None
-        alone = []
-        if answer.best is not None:
-            bounds: Costs = (-inf,) * len(scorer.problem.objectives)
-            possible = True
-            if len(deployment.pools) == 1:
-                bounds, possible = scorer.bounds(deployment)
-            if possible:
-                rater = Rater(steady.own)
-                rated = [rater.rated(pool, beside=len(deployment.pools) > 1) for pool in deployment.pools]
-                guess_per_s, most_per_s = rater.together(rated)
-                leaf = Leaf(deployment=deployment, bound=bounds)
-                alone.append(Candidate(part=part, leaf=leaf, guess_per_s=guess_per_s, most_per_s=most_per_s))
-            else:
-                part.out_of_reach = 1
-        return cls(
-            scorer=scorer,
-            parts=(part,),
-            alone=alone,
-            products=[],
-            given=deployment,
-            feasible=answer.best is not None,
-            simulations=simulations,
-            reason=answer.reason,
-        )
-
-    def status(self, ledger: Ledger, found: bool) -> Status:
-        if not found:
-            return "unknown" if ledger.waiting else "infeasible"
-        return "feasible" if self.given is not None or not ledger.optimal else "optimal"
-
-    def sizes(self, most_gpus: int) -> list[int]:
-        """Numbers of GPUs on which there are deployments."""
-        alone = {one.leaf.deployment.devices for one in self.alone}
-        most = max((product.most_gpus for product in self.products), default=0)
-        return sorted(alone | set(range(1, min(most, most_gpus) + 1)))
-
-    def at(self, gpus: int, rate_per_s: float) -> Iterator[Branch]:
-        """The deployments on so many GPUs, the best by their bounds first; of several pools the likeliest first.
-
-        Of the many of several pools those whose least work does not allow the rate are counted.
-        """
-        for part in self.parts:
-            able = [one for one in self.alone if one.part is part and one.leaf.deployment.devices == gpus]
-            able.sort(key=lambda one: (one.leaf.bound, str(one.leaf.deployment)))
-            yield Queue(part, [one.leaf.behind(float(gpus)) for one in able])
-        unknown = (float(gpus), *(-inf for _ in self.scorer.problem.objectives))
-        for product in self.products:
-            able = []
-            for chosen in product.of_size(gpus) if gpus <= product.most_gpus else ():
-                candidate = product.candidate(chosen)
-                if candidate is not None and candidate.most_per_s >= rate_per_s:
-                    able.append(candidate)
-                elif candidate is not None:
-                    product.part.out_of_reach += 1
-            able.sort(key=lambda one: (-one.guess_per_s, *size_of(one.leaf.deployment)))
-            yield Queue(product.part, [replace(one.leaf, bound=unknown, closer=None) for one in able])
-
-    def beyond(self, part: Part, gpus: int, most_gpus: int) -> int:
-        """Deployments of a part on more GPUs."""
-        for product in self.products:
-            if product.part is part:
-                return product.completions(0, product.most_gpus) - product.completions(0, min(gpus, product.most_gpus))
-        return sum(one.part is part and one.leaf.deployment.devices > gpus for one in self.alone)
-
-    def end(self, last: Costs | None) -> None:
-        """Close the parts."""
-        for part in self.parts:
-            part.end(last)
-
-
-def _rate_bound(candidate: Candidate) -> Costs:
-    """Bounds as `_Fastest` reads them."""
-    return -candidate.most_per_s, -candidate.guess_per_s, float(candidate.leaf.deployment.devices)
-
-
-def _by_guess(part: Part, candidates: Iterable[Candidate]) -> Queue:
-    """Deployments in the order of a guess of their rate."""
-    ordered = sorted(candidates, key=lambda one: (-one.guess_per_s, *size_of(one.leaf.deployment)))
-    return Queue(part, [replace(one.leaf, bound=_rate_bound(one), closer=None) for one in ordered])
 
 
 def _saying(tell: Progress, what: str) -> Progress:
@@ -520,18 +331,22 @@ def _near_miss(where: str, failed: Iterable[tuple[Deployment, Trial]]) -> str | 
     return None
 
 
-def _why_not(where: str, problem: Problem, formulation: Formulations, space: _Space, ledger: Ledger) -> str:
-    """One sentence on why no deployment holds, with the numbers of the one that comes closest."""
+def _why_not(
+    where: str, problem: Problem, formulation: Formulations, space: Space, ledger: Ledger
+) -> tuple[str, int]:
+    """One sentence on why no deployment holds, with the numbers of the one that comes closest; and runs made for it."""
     if ledger.waiting:
-        return f"{where}, the time limit was reached with {ledger.waiting} plans left, before one was found that holds"
+        left = f"the time limit was reached with {ledger.waiting} plans left, before one was found that holds"
+        return f"{where}, {left}", 0
     if space.given is None:
-        reason = search(problem, formulation).reason
-        if reason is None:
-            return f"{where}, what meets the goals for a while falls behind: lower the rate or offer more GPUs"
-        return f"{where}, {reason}" if space.feasible else reason
+        answer = search(problem, formulation)
+        runs = answer.told + sum(part.simulated for part in answer.ledger.parts)
+        if answer.reason is None:
+            return f"{where}, what meets the goals for a while falls behind: lower the rate or offer more GPUs", runs
+        return f"{where}, {answer.reason}" if space.feasible else answer.reason, runs
     if not space.feasible:
-        return str(space.reason)
+        return str(space.reason), 0
     closest = judge(problem, space.given).best
     assert closest is not None, "the plan can run"
     missed = misses(closest.metrics, problem.slos)
-    return f"{where}, {space.given} misses {missed}: relax these or ask about another plan"
+    return f"{where}, {space.given} misses {missed}: relax these or ask about another plan", 1

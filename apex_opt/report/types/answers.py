@@ -97,7 +97,7 @@ class WhyNot(Described):
     Parameters
     ----------
     clashes : constraints that clash where nothing fits
-    relaxations : changes that were solved and give a plan, the cheapest first
+    relaxations : changes that were solved and give a plan, those on the fewest GPUs first
     """
 
     clashes: tuple[Clash, ...] | None = None
