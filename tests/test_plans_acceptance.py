@@ -97,7 +97,9 @@ def test_drafts_that_are_told_of_and_not_made_are_named(tmp_path: Path) -> None:
     path.write_text('{"accepted": [2, 0], "proposed": [4, 4]}')
     for text, told, drafts in (("0.8/0.6/0.4/0.2", 4, 2), (str(path), 4, 3), ("0.8/0.6", 2, 1)):
         _, (note,) = speculations(model, parse_speculation(f"eagle:{drafts}"), text)
-        assert f"tells of up to {told} drafts a row, and at most {drafts} are made here: the first {drafts} count" in note
+        assert (
+            f"tells of up to {told} drafts a row, and at most {drafts} are made here: the first {drafts} count" in note
+        )
         assert speculations(model, parse_speculation(f"eagle:{drafts},eagle:{told}"), text)[1] == ()
     assert speculations(model, parse_speculation("eagle:2"), "2.5")[1] == ()
 

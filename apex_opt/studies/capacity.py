@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from apex_opt.search.best_first import Branch, Challenge
     from apex_opt.search.ledger import Costs, Part
     from apex_opt.search.problem import Problem
+    from apex_opt.search.scorer import Scorer
     from apex_opt.search.search import Formulations, Progress
     from apex_opt.studies.trials import Trials
 
@@ -331,9 +332,7 @@ def _near_miss(where: str, failed: Iterable[tuple[Deployment, Trial]]) -> str | 
     return None
 
 
-def _why_not(
-    where: str, problem: Problem, formulation: Formulations, space: Space, ledger: Ledger
-) -> tuple[str, int]:
+def _why_not(where: str, problem: Problem, formulation: Formulations, space: Space, ledger: Ledger) -> tuple[str, int]:
     """One sentence on why no deployment holds, with the numbers of the one that comes closest; and runs made for it."""
     if ledger.waiting:
         left = f"the time limit was reached with {ledger.waiting} plans left, before one was found that holds"
