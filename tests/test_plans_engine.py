@@ -48,7 +48,7 @@ def test_a_budget_below_the_running_sequences_is_refused() -> None:
     [
         (
             "tokens=100",
-            "plan: tokens=100 is below max_num_seqs 1024: .*; name tokens=1024 or more, or seqs=100 or less",
+            "plan: tokens=100 is below max_num_seqs 1024: .*; name tokens=1024 or more, or seqs=100",
         ),
         ("seqs=9000", "plan: seqs=9000 is above max_num_batched_tokens 8192: .*; name tokens=9000 or more, or "),
         ("seqs=600 tokens=512", "plan: tokens=512 is below seqs=600: "),

@@ -1,4 +1,4 @@
-"""The deployments that a question about rates chooses from: as a tree, by numbers of GPUs, and those that cannot run."""
+"""The deployments that a question about rates chooses from: as a tree, by number of GPUs, and those that cannot run."""
 
 from __future__ import annotations
 
