@@ -41,8 +41,8 @@ def test_a_pipe_hears_of_long_work_every_ten_seconds(
         progress("simulating plans", 2600, 0)
     assert capsys.readouterr().err.splitlines() == [
         "simulating plans ...",
-        "simulating plans: 1,000 of 5,000",
-        "simulating plans: 2,000 of 5,000",
+        "simulating plans: 1,000 of 5,000, 40 s left at this pace",
+        "simulating plans: 2,000 of 5,000, 30 s left at this pace",
         "simulating plans: 2,600",
     ]
 

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from apex_opt.plans.engine import EngineSettings
+from apex_opt.plans.shares import parse_shares
 from apex_opt.simulator.kernel import entries
+from apex_opt.simulator.pack.engines import needs_compiling
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
@@ -193,3 +196,12 @@ def test_where_numba_calls_functions_in_another_way_they_are_called_with_arrays(
     (tmp_path / "asking.py").write_text(another + FILES["asking.py"])
     assert run(tmp_path, "not yet") == ""
     assert kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("shares", ["80/100", "pdmux"])
+def test_phases_side_by_side_are_compiled_first_too(shares: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = parse_shares(shares)
+    of = entries.MULTIPLEXING if asked.multiplexed else entries.PHASES
+    for there in (True, False):
+        monkeypatch.setattr(entries.Entry, "ready", lambda entry, there=there: there or entry is not of)
+        assert needs_compiling(EngineSettings(), 1, shares=asked) is not there

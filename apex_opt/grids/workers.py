@@ -42,7 +42,7 @@ RETRIES: Final = 3
 """How often Ray does an item again whose worker died."""
 
 ANSWERS_WITHIN_S: Final = 2.0
-HEALTHY_WITHIN_S: Final = 7.0
+HEALTHY_WITHIN_S: Final = 6.0
 _OBJECTS_BYTES: Final = 100 << 20
 
 

@@ -21,6 +21,7 @@ class Progress:
         self._task: TaskID | None = None
         self._what = ""
         self._said: dict[str, float] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -33,11 +34,18 @@ class Progress:
     def _begin(self) -> Bar:
         """The bar, once there is something to tell."""
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        bar = Bar(*columns, console=Console(stderr=True), transient=True)
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            *times,
+            console=Console(stderr=True),
+            transient=True,
+        )
         bar.start()
         return bar
 
@@ -59,8 +67,15 @@ class Progress:
         now = time.monotonic()
         if what not in self._said:
             print(f"{what} ...", file=sys.stderr, flush=True)
+            self._begun[what] = now, done
         elif (done or total) and now - self._said[what] >= _LINE_EVERY_S:
-            print(f"{what}: {done:,} of {total:,}" if total else f"{what}: {done:,}", file=sys.stderr, flush=True)
+            of = f" of {total:,}{self._left(what, done, total, now)}" if total else ""
+            print(f"{what}: {done:,}{of}", file=sys.stderr, flush=True)
         else:
             return
         self._said[what] = now
+
+    def _left(self, what: str, done: int, total: int, now: float) -> str:
+        """The seconds left if all steps are taken, at the pace so far."""
+        begun, before = self._begun[what]
+        return f", {(now - begun) * (total - done) / (done - before):,.0f} s left at this pace" if done > before else ""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from apex_opt.plans.engine import EngineSettings
+    from apex_opt.plans.shares import Shares
     from apex_opt.simulator.pools import EnginePool, Share
 
 RULES: Final = {
@@ -33,6 +34,7 @@ def needs_compiling(
     halves: bool = False,
     walked: bool = False,
     handed: bool = False,
+    shares: Shares | None = None,
 ) -> bool:
     """Whether a run of this kind will compile its engine first: nothing on disk is of the source as it is.
 
@@ -44,7 +46,10 @@ def needs_compiling(
     halves : bool                whether these split forwards
     walked : bool                whether each batch is formed by the rules
     handed : bool                whether they are prefill or decode instances
+    shares : Shares or None      what phases have of each GPU, where they share it
     """
+    if shares is not None:
+        return not (entries.MULTIPLEXING if shares.multiplexed else entries.PHASES).ready()
     if handed:
         if isinstance(settings.scheduler, SglangScheduling):
             return not entries.PUSHING[settings.prefix_caching].ready()
