@@ -25,18 +25,6 @@ from apex_opt.schema import to_plain
 ONCE = Once()
 COMPOSE = "builtin_schemas/vendor/compose-spec.json"
 KUBERNETES = "1.37"
-ITEM = {"cpu", "memory", "gpu", "gpuType", "custom"}
-SERVICES_OF_DYNAMO = 25
-COMPONENT = {
-    "componentType": str,
-    "replicas": int,
-    "envs": list,
-    "resources": dict,
-    "extraPodSpec": dict,
-}
-"""Fields of a component of a DynamoGraphDeployment that are written, of `DynamoComponentDeploymentSharedSpec` in
-`deploy/operator/api/v1alpha1` of ai-dynamo/dynamo, and `ResourceItem`. `extraPodSpec` is a PodSpec of Kubernetes with a
-Container beside, `mainContainer`, which the operator names. A graph has at most so many services."""
 
 
 def closed(**properties: Any) -> dict[str, Any]:
@@ -46,6 +34,27 @@ def closed(**properties: Any) -> dict[str, Any]:
 
 TEXT, SWITCH, OBJECTS = {"type": "string"}, {"type": "boolean"}, {"type": "array", "items": {"type": "object"}}
 PODS = {"create": SWITCH, "replicas": {"type": "integer"}, "containers": OBJECTS, "volumes": OBJECTS}
+VALUE = closed(configMapKeyRef={"type": "object"}, secretKeyRef={"type": "object"})
+ENVS = {"type": "array", "items": {**closed(name=TEXT, value=TEXT, valueFrom=VALUE), "required": ["name"]}}
+AMOUNTS = closed(**dict.fromkeys(("cpu", "memory", "gpu", "gpuType"), TEXT), custom={"type": "object"})
+COMPONENT = closed(
+    componentType=TEXT,
+    replicas={"type": "integer", "minimum": 0},
+    envs=ENVS,
+    resources=closed(requests=AMOUNTS, limits=AMOUNTS, claims=OBJECTS),
+    extraPodSpec={"type": "object"},
+)
+DYNAMO = closed(
+    apiVersion={"const": "nvidia.com/v1alpha1"},
+    kind={"const": "DynamoGraphDeployment"},
+    metadata={"type": "object"},
+    spec=closed(
+        services={"type": "object", "maxProperties": 25, "minProperties": 1, "additionalProperties": COMPONENT}
+    ),
+)
+"""A graph of Dynamo as far as it may be written, closed, of `spec.versions[v1alpha1]` of ai-dynamo/dynamo's
+`deploy/operator/config/crd/bases/nvidia.com_dynamographdeployments.yaml`. `extraPodSpec` is a PodSpec of Kubernetes with
+a Container beside, `mainContainer`, which the operator names."""
 LLM_D = closed(
     modelArtifacts=closed(
         **dict.fromkeys(("name", "uri", "size", "mountPath", "authSecretName"), TEXT),
@@ -134,9 +143,43 @@ def test_a_head_that_is_not_known_ends_a_script_early_and_is_put_in_where_it_is_
     path.unlink()
     told = [*arguments(script, given)[0], *(file.read_text() for file in tmp_path.iterdir())]
     assert "own/head" in " ".join(told) and "EAGLE3_HEAD" not in " ".join(told)
-    # A manifest has no place to say it.
-    assert not {"kubernetes.yaml", "dynamo.yaml", "llm-d-values.yaml"} & files.keys()
-    assert "Manifests for Kubernetes, Dynamo and llm-d are left out, as the EAGLE-3 head is not" in files["README.md"]
+    # A pod takes it from a ConfigMap, in its words or in those of the shell that writes the file.
+    (pod, _) = json.loads(files["kubernetes.yaml"])["items"]
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+    (container,) = pod["spec"]["template"]["spec"]["containers"]
+    assert "$(EAGLE3_HEAD)" in " ".join(container["command"])
+    assert {"name": "apex-opt-plan", "key": "EAGLE3_HEAD"} in [
+        one.get("valueFrom", {}).get("configMapKeyRef") for one in container["env"]
+    ]
+    assert "kubectl create configmap apex-opt-plan --from-literal=EAGLE3_HEAD=..." in files["README.md"]
+    if engine == "vllm":
+        worker = json.loads(files["dynamo.yaml"])["spec"]["services"]["VllmWorker"]
+        assert "$(EAGLE3_HEAD)" in " ".join(worker["extraPodSpec"]["mainContainer"]["args"])
+        (served,) = json.loads(files["llm-d-values.yaml"])["decode"]["containers"]
+        assert "$(EAGLE3_HEAD)" in " ".join(served["command"]) and served["env"][-1]["name"] == "EAGLE3_HEAD"
+
+
+def test_a_checkpoint_in_another_format_is_asked_for_wherever_it_is_named() -> None:
+    files = files_of(document("vllm", "tp8 w4a16"), {})
+    assert "set CHECKPOINT_IN_W4A16 to the checkpoint in that format" in files["node0.sh"]
+    assert arguments(files["node0.sh"], {"CHECKPOINT_IN_W4A16": "own/four"})[0].count("own/four") == 1
+    (service,) = json.loads(files["compose-node0.yaml"])["services"].values()
+    assert "${CHECKPOINT_IN_W4A16:?}" in service["command"]
+    (pod, _) = json.loads(files["kubernetes.yaml"])["items"]
+    assert "$(CHECKPOINT_IN_W4A16)" in pod["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert "llm-d-values.yaml" not in files and "Values for llm-d are left out" in files["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "plan", "nodes", "told"),
+    [
+        ("vllm", "tp16", 2, "Kubernetes, Dynamo and llm-d are left out: a replica starts by several commands"),
+        ("sglang", "tp8", 1, "Dynamo and llm-d are left out: they are written for vllm, not for sglang"),
+        ("trtllm", "tp8", 1, "Compose files are left out: a server starts by mpirun, or reads a file"),
+    ],
+)
+def test_forms_that_are_not_written_are_told_with_why(engine: str, plan: str, nodes: int, told: str) -> None:
+    assert told in files_of(document(engine, plan, nodes), {})["README.md"]
 
 
 def test_odd_names_of_checkpoints_stay_one_word() -> None:
@@ -196,16 +239,16 @@ def test_a_graph_of_dynamo_has_the_fields_of_its_type(plan: str, routing: str) -
     asked = document("vllm", plan)
     asked["question"]["engine"]["routing"] = routing
     graph = json.loads(files_of(asked, {})["dynamo.yaml"])
-    assert graph.keys() == {"apiVersion", "kind", "metadata", "spec"}
-    assert (graph["apiVersion"], graph["kind"]) == ("nvidia.com/v1alpha1", "DynamoGraphDeployment")
-    assert graph["spec"].keys() == {"services"}
+    jsonschema.validate(graph, DYNAMO)
     services = graph["spec"]["services"]
-    assert 0 < len(services) <= SERVICES_OF_DYNAMO
-    for component in services.values():
-        assert {name: type(value) for name, value in component.items()}.items() <= COMPONENT.items()
-        for limits in component.get("resources", {}).values():
-            assert limits.keys() <= ITEM
-            assert {*map(type, limits.values())} == {str}
+    for name, component in services.items():
+        for odd in (
+            {**component, "replica": 1},
+            {**component, "resources": {"limit": {}}},
+            {**component, "replicas": "1"},
+        ):
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate({**graph, "spec": {"services": {**services, name: odd}}}, DYNAMO)
         pod = dict(component["extraPodSpec"])
         main = {"name": "main", "env": component.get("envs", []), **pod.pop("mainContainer")}
         kind = {"apiVersion": "v1", "kind": "Pod", "metadata": graph["metadata"]}

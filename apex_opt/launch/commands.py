@@ -31,6 +31,8 @@ KEPT_BACK: Final = 0.01
 measured come out within 1%, and an engine that finds a block too few does not start."""
 HEAD: Final = "EAGLE3_HEAD"
 """In place of an EAGLE-3 head, which is not known here."""
+CHECKPOINT: Final = "CHECKPOINT_IN_"
+"""How the name begins that stands in place of a checkpoint in a format that is not the published one."""
 NGINX: Final = {"round_robin": "", "least_loaded": "    least_conn;\n", "power_of_two": "    random two least_conn;\n"}
 """How nginx is told to deal requests; `--save` writes no router for other ways."""
 PORT_STEP: Final = 10
@@ -141,7 +143,7 @@ class Asked:
         """What the command names as the model; a placeholder where the checkpoint has another format."""
         if self.as_published or self.quantised_when_loaded:
             return self.checkpoint
-        return f"CHECKPOINT_IN_{self.plan.weight_format.upper()}"
+        return f"{CHECKPOINT}{self.plan.weight_format.upper()}"
 
     @property
     def draft_checkpoint(self) -> str:

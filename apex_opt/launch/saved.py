@@ -21,7 +21,7 @@ from apex_opt.engines import ANY, load_kind
 from apex_opt.engines.overlap import NANO
 from apex_opt.errors import InputError
 from apex_opt.files import expanded, reason, there
-from apex_opt.launch.commands import HEAD, NGINX
+from apex_opt.launch.commands import CHECKPOINT, HEAD, NGINX
 from apex_opt.outputs import check_folder, fresh_folder
 
 if TYPE_CHECKING:
@@ -42,8 +42,10 @@ _NODE_CACHE: Final = "/var/cache/huggingface"
 _SHM: Final = {"name": "shm", "emptyDir": {"medium": "Memory"}}
 _SHM_MOUNT: Final = {"name": "shm", "mountPath": "/dev/shm"}
 _LLM_D_PORT: Final = 8000
-_UNKNOWN: Final = re.compile(rf"(?<![\w-])(NODE\d+|{HEAD})(?![\w-])")
-"""What commands name that is not known here: addresses of nodes, and a head that makes drafts."""
+_UNKNOWN: Final = re.compile(rf"(?<![\w-])(NODE\d+|{HEAD}|{CHECKPOINT}\w+)(?![\w-])")
+"""What commands name that is not known here: addresses of nodes, a head that makes drafts, a checkpoint."""
+_NAMED: Final = "apex-opt-plan"
+"""What is made in Kubernetes, and the ConfigMap that pods take what is not known here from."""
 
 _IN_JSON: Final = re.compile(r'"(/[^"]*)"')
 """Folders in the text of JSON."""
@@ -144,11 +146,12 @@ def files_of(document: Mapping[str, Any], given: Mapping[str, str]) -> dict[str,
     servers = [command for command in commands if command["replica"] is not None]
     alone = len({command["replica"] for command in servers}) == len(servers)
     paired = any("--disaggregation-mode" in command["argv"] for command in servers)  # by their router, node by node
-    if alone and not paired and not any(map(_unknown, servers)):
+    if alone and not paired and not any(map(_nodes, servers)):
         found["kubernetes.yaml"] = _yaml(_manifests(launch["engine"], servers))
         if launch["engine"] == "vllm" and len({str(_portless(command)) for command in servers}) == 1:
             found["dynamo.yaml"] = _yaml(_dynamo(servers, routing))
-            found["llm-d-values.yaml"] = _yaml(_llm_d(servers))
+            if not _UNKNOWN.fullmatch(servers[0]["argv"][2]):  # the chart names the model in texts of its own
+                found["llm-d-values.yaml"] = _yaml(_llm_d(servers))
     before = any(map(_deals, commands))
     if len(servers) > 1 and alone and not before and routing in NGINX:
         found["nginx.conf.template"] = _nginx(servers, NGINX[routing])
@@ -183,9 +186,15 @@ def _nodes(command: Mapping[str, Any]) -> set[str]:
 
 def _asked_for(names: Iterable[str]) -> list[str]:
     """Lines of a script that end it where what it needs is not said."""
-    head = "the EAGLE-3 head that was trained for the model, its Hugging Face id or its folder"
-    told = {name: "the address of that node" if name.startswith("NODE") else head for name in sorted(names)}
-    return [f': "${{{name}:?set {name} to {what}}}"' for name, what in told.items()]
+    return [f': "${{{name}:?set {name} to {_is(name)}}}"' for name in sorted(names)]
+
+
+def _is(name: str) -> str:
+    """What a name stands for that is not known here."""
+    if name.startswith("NODE"):
+        return "the address of that node"
+    what = "the EAGLE-3 head that was trained for the model" if name == HEAD else "the checkpoint in that format"
+    return f"{what}, its Hugging Face id or its folder"
 
 
 def _file(command: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -270,6 +279,11 @@ def _composed(word: str) -> str:
     return _UNKNOWN.sub(lambda match: f"${{{match[1]}:?}}", word.replace("$", "$$"))
 
 
+def _podded(word: str) -> str:
+    """A word in which Kubernetes puts in what is not known here and nothing else."""
+    return _UNKNOWN.sub(r"$(\1)", word.replace("$(", "$$("))
+
+
 def _manifests(engine: str, servers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A Deployment for each server and a Service before all of them; the cluster chooses the GPUs."""
     items: list[dict[str, Any]] = []
@@ -279,7 +293,7 @@ def _manifests(engine: str, servers: Sequence[Mapping[str, Any]]) -> dict[str, A
         container = {
             "name": "engine",
             "image": IMAGES[engine],
-            "command": [word.replace("$(", "$$(") for word in command["argv"]],
+            "command": list(map(_podded, command["argv"])),
             "env": _variables(command),
             "ports": [{"name": "http", "containerPort": port}],
             "resources": {"limits": {"nvidia.com/gpu": str(_gpus(command))}},
@@ -291,7 +305,7 @@ def _manifests(engine: str, servers: Sequence[Mapping[str, Any]]) -> dict[str, A
             started = (
                 f"printf '%s\\n' {shlex.quote(text)} > {shlex.quote(name_of)} && exec {shlex.join(command['argv'])}"
             )
-            container["command"] = ["sh", "-c", started]
+            container["command"] = ["sh", "-c", _podded(started)]
         pod = {
             "containers": [container],
             "volumes": [_SHM, *_volumes(command)],
@@ -316,7 +330,11 @@ def _dynamo(servers: Sequence[Mapping[str, Any]], routing: str) -> dict[str, Any
     frontend["extraPodSpec"] = {"mainContainer": {"image": _DYNAMO}}
     if routing == "dynamo":
         frontend["envs"] = [{"name": "DYN_ROUTER_MODE", "value": "kv"}]
-    worker = {"image": _DYNAMO, "command": ["python3", "-m", "dynamo.vllm"], "args": ["--model", *words[2:]]}
+    worker = {
+        "image": _DYNAMO,
+        "command": ["python3", "-m", "dynamo.vllm"],
+        "args": ["--model", *map(_podded, words[2:])],
+    }
     worker["volumeMounts"] = _mounts(servers[0])
     services = {
         "Frontend": frontend,
@@ -340,7 +358,7 @@ def _llm_d(servers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "name": "vllm",
         "image": IMAGES["vllm"],
         "modelCommand": "custom",
-        "command": [word.replace("$(", "$$(") for word in first["argv"]] + ["--port", str(_LLM_D_PORT)],
+        "command": [*map(_podded, first["argv"]), "--port", str(_LLM_D_PORT)],
         "env": _variables(servers[0]),
         "ports": [{"name": "http", "containerPort": _LLM_D_PORT}],
         "resources": {"limits": {"nvidia.com/gpu": str(gpus)}},
@@ -371,10 +389,14 @@ def _folders(command: Mapping[str, Any]) -> list[str]:
 
 
 def _variables(command: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Environment of a container in Kubernetes, with the token of gated models from a Secret where there is one."""
+    """Environment of a container in Kubernetes: the plan's, the token of gated models, and what is not known here."""
     token = {"secretKeyRef": {"name": "hf-token", "key": "HF_TOKEN", "optional": True}}
     own = [{"name": name, "value": value} for name, value in _portless(command)["env"].items()]
-    return [*own, {"name": "HF_TOKEN", "valueFrom": token}]
+    said = [
+        {"name": name, "valueFrom": {"configMapKeyRef": {"name": _NAMED, "key": name}}}
+        for name in sorted(_unknown(command))
+    ]
+    return [*own, {"name": "HF_TOKEN", "valueFrom": token}, *said]
 
 
 def _volumes(command: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -460,17 +482,38 @@ def _readme(document: Mapping[str, Any], files: Mapping[str, str], given: Mappin
     if (bench := launch.get("bench")) is not None and bench["dataset"] is not None:
         lines.append(f"- `{bench['dataset']}`: what `bench.sh` sends, a line for each request")
     notes = list(launch["notes"])
-    if any(HEAD in _unknown(command) for command in launch["commands"]):
-        notes.append(
-            f"Manifests for Kubernetes, Dynamo and llm-d are left out, as the EAGLE-3 head is not known here: scripts "
-            f"and compose take it as {HEAD}, and a manifest made of their commands needs its Hugging Face id"
-        )
+    asked = sorted(set().union(*map(_unknown, launch["commands"])))
+    own = [name for name in asked if not name.startswith("NODE")]
+    notes += [f"{name} is {_is(name)}: set it before a script or compose is started" for name in own]
+    if own and "kubernetes.yaml" in files:
+        values = " ".join(f"--from-literal={name}=..." for name in own)
+        notes.append(f"In Kubernetes, with Hugging Face ids: `kubectl create configmap {_NAMED} {values}`")
+    notes += _left_out(launch, files)
     lines += ["", "## To know and to check", "", *(f"- {note}" for note in notes)]
     lines += _measuring(document, given)
     for title, key in (("Plan", "best"), ("Question", "question"), ("Certificate", "certificate")):
         if document.get(key) is not None:
             lines += ["", f"## {title}", "", "```json", json.dumps(document[key], indent=1), "```"]
     return "\n".join([*lines, ""])
+
+
+def _left_out(launch: Mapping[str, Any], files: Mapping[str, str]) -> list[str]:
+    """Which forms are not written, and why."""
+    servers = [command for command in launch["commands"] if command["replica"] is not None]
+    found = []
+    if "kubernetes.yaml" not in files:
+        spans = any(map(_nodes, servers)) or len({command["replica"] for command in servers}) < len(servers)
+        why = "a replica starts by several commands" if spans else "a router of their own deals to pools"
+        found.append(f"Manifests for Kubernetes, Dynamo and llm-d are left out: {why}")
+    elif launch["engine"] != "vllm":
+        found.append(f"Files for Dynamo and llm-d are left out: they are written for vllm, not for {launch['engine']}")
+    elif "dynamo.yaml" not in files:
+        found.append("Files for Dynamo and llm-d are left out: they take replicas that are alike, and these are not")
+    elif "llm-d-values.yaml" not in files:
+        found.append("Values for llm-d are left out: its chart names the checkpoint, which is not known here")
+    if not any(name.startswith("compose") for name in files):
+        found.append("Compose files are left out: a server starts by mpirun, or reads a file that the script writes")
+    return found
 
 
 def _measuring(document: Mapping[str, Any], given: Mapping[str, str]) -> list[str]:
