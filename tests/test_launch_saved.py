@@ -53,8 +53,8 @@ DYNAMO = closed(
     ),
 )
 """A graph of Dynamo as far as it may be written, closed, of `spec.versions[v1alpha1]` of ai-dynamo/dynamo's
-`deploy/operator/config/crd/bases/nvidia.com_dynamographdeployments.yaml`. `extraPodSpec` is a PodSpec of Kubernetes with
-a Container beside, `mainContainer`, which the operator names."""
+`deploy/operator/config/crd/bases/nvidia.com_dynamographdeployments.yaml`. `extraPodSpec` is a PodSpec of Kubernetes
+with a Container beside, `mainContainer`, which the operator names."""
 LLM_D = closed(
     modelArtifacts=closed(
         **dict.fromkeys(("name", "uri", "size", "mountPath", "authSecretName"), TEXT),
