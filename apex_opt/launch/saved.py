@@ -330,7 +330,7 @@ def _dynamo(servers: Sequence[Mapping[str, Any]], routing: str) -> dict[str, Any
     frontend["extraPodSpec"] = {"mainContainer": {"image": _DYNAMO}}
     if routing == "dynamo":
         frontend["envs"] = [{"name": "DYN_ROUTER_MODE", "value": "kv"}]
-    worker = {
+    worker: dict[str, Any] = {
         "image": _DYNAMO,
         "command": ["python3", "-m", "dynamo.vllm"],
         "args": ["--model", *map(_podded, words[2:])],
