@@ -15,7 +15,7 @@ MODEL = make_model((dense(hidden=1024, columns=4096), 6))
 
 def test_the_busiest_resource_and_the_host_are_what_is_left() -> None:
     one = HeadRoom(kind="answers", batches=3, batch_s=10, compute_s=2, memory_s=5, network_s=3, host_s=1)
-    assert one.least_s == 6
+    assert one.least_s == 6 and one.gain == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 100), marks=pytest.mark.nightly)])

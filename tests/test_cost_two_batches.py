@@ -53,6 +53,7 @@ def test_what_they_would_do_to_a_run_is_told_kind_by_kind(monkeypatch: pytest.Mo
     assert (answers.forwards, answers.split, prompts.split) == (3, 3, 5)
     assert prompts.whole_s == pytest.approx(took_ns(without, [(600, 600)]) / NS_PER_S)
     assert prompts.two_s == pytest.approx(took_ns(split, [(600, 600)]) / NS_PER_S)
+    assert prompts.gain == pytest.approx(1 - prompts.two_s / prompts.whole_s)
     # Of a plan whose forwards are split the same is told.
     assert {one.kind for one in scorer.overlap(Deployment.of(SPLIT))[1]} == {"answers", "prompts"}
     monkeypatch.setattr(VllmScheduling, "splitting", TWO_BATCH)

@@ -53,6 +53,11 @@ class HeadRoom:
         """What it would take if the busiest resource alone counted."""
         return max(self.compute_s, self.memory_s, self.network_s) + self.host_s
 
+    @property
+    def gain(self) -> float:
+        """Share of its time that this saves."""
+        return 1 - self.least_s / self.batch_s if self.batch_s else 0.0
+
 
 def head_room(
     plan: Plan, cost: PlanCost, model: CostModel, counted: BatchCounts, shared: SharedCounts | None = None

@@ -36,6 +36,11 @@ class TwoBatches:
     whole_s: float
     two_s: float
 
+    @property
+    def gain(self) -> float:
+        """Share of their time that this saves; below zero where it takes longer."""
+        return 1 - self.two_s / self.whole_s if self.whole_s else 0.0
+
 
 def two_batches(
     without: PlanCost, overlapped: PlanCost, counted: BatchCounts, shared: SharedCounts

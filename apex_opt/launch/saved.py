@@ -488,7 +488,7 @@ def _readme(document: Mapping[str, Any], files: Mapping[str, str], given: Mappin
     if own and "kubernetes.yaml" in files:
         values = " ".join(f"--from-literal={name}=..." for name in own)
         notes.append(f"In Kubernetes, with Hugging Face ids: `kubectl create configmap {_NAMED} {values}`")
-    notes += _left_out(launch, files)
+    notes += _left_out(document, files)
     lines += ["", "## To know and to check", "", *(f"- {note}" for note in notes)]
     lines += _measuring(document, given)
     for title, key in (("Plan", "best"), ("Question", "question"), ("Certificate", "certificate")):
@@ -497,13 +497,12 @@ def _readme(document: Mapping[str, Any], files: Mapping[str, str], given: Mappin
     return "\n".join([*lines, ""])
 
 
-def _left_out(launch: Mapping[str, Any], files: Mapping[str, str]) -> list[str]:
+def _left_out(document: Mapping[str, Any], files: Mapping[str, str]) -> list[str]:
     """Which forms are not written, and why."""
-    servers = [command for command in launch["commands"] if command["replica"] is not None]
-    found = []
+    launch, found = document["launch"], []
     if "kubernetes.yaml" not in files:
-        spans = any(map(_nodes, servers)) or len({command["replica"] for command in servers}) < len(servers)
-        why = "a replica starts by several commands" if spans else "a router of their own deals to pools"
+        pools = "{" in document["best"]["plan"]
+        why = "a proxy of their own deals to pools" if pools else "a replica starts by several commands"
         found.append(f"Manifests for Kubernetes, Dynamo and llm-d are left out: {why}")
     elif launch["engine"] != "vllm":
         found.append(f"Files for Dynamo and llm-d are left out: they are written for vllm, not for {launch['engine']}")
