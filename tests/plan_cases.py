@@ -336,8 +336,19 @@ def random_rules(rng: np.random.Generator) -> EngineRules:
     odd = rules.whole_kv_heads
     whole = {"whole_models": rules.whole_towers, "whole_when_tied": odd, "whole_experts": odd, "no_half": odd}
     whole |= {"sound_shards": rules.whole_towers, "whole_vocabulary": odd}
+    whole |= {"misread_heads": odd if rules.block_powers else frozenset()}
     attention = {**rules.attention, "latent": (9.5, inf)} if rules.block_powers else rules.attention
-    return replace(rules, embedding_on_every_stage=odd, attention=attention, **whole)
+    room = {"gate_room": rules.rotary_table, "made_on_load": frozenset({"fp8", "w8a8", "mxfp8"})}
+    return replace(rules, embedding_on_every_stage=odd, attention=attention, **whole, **room)
+
+
+def ungated(model: Model) -> Model:
+    """The model, whose experts have no gates."""
+
+    def block(one: Block) -> Block:
+        return replace(one, ffn=replace(one.ffn, gated=False)) if isinstance(one.ffn, MoeFfn) else one
+
+    return replace(model, runs=tuple(replace(run, block=block(run.block)) for run in model.runs))
 
 
 def published(rng: np.random.Generator, model: Model, formats: Sequence[str]) -> Model:
@@ -349,6 +360,7 @@ def published(rng: np.random.Generator, model: Model, formats: Sequence[str]) ->
         model,
         family=str(rng.choice(["", "odd"])),
         tower_heads=(heads := towers[rng.integers(len(towers))]),
+        stated_head_dim=(heads or 0) * 24,
         sound_heads=heads or 0,
         weight_format=str(rng.choice(list(formats))),
         scheme=schemes[rng.integers(len(schemes))],
@@ -421,6 +433,10 @@ def random_instance(seed: int) -> Instance:
     if other.random() < 0.6:
         model = published(other, model, [weights for weights, _ in formats])
         kwargs["settings"] = settings = replace(settings, runnable=random_rules(other))
+    if model.layers % 2 == 0 and np.random.default_rng(seed + 7000).random() < 0.2:
+        model = replace(model, together=2)
+    if np.random.default_rng(seed + 9000).random() < 0.3:
+        model = ungated(model)
     plans = list(space(instance_at(model, None, gpus, **kwargs)))
     limits: tuple[tuple[int | None, int | None], ...] = ((None, None), (7, 300), (1, None), (None, 9000))
     chosen = tuple(limits[i] for i in rng.permutation(4)[: rng.choice([1, 1, 2])])

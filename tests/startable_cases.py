@@ -182,11 +182,11 @@ def _layers(env: dict[str, str], model: Model, stages: int) -> tuple[int, ...]:
         if sum(layers) != model.layers or len(layers) != stages:
             raise UnsaidError("VLLM_PP_LAYER_PARTITION")
         return layers
-    base, more = divmod(model.layers, stages)
+    base, more = divmod(model.layers // model.together, stages)
     found = [base] * stages
     for index in range(2, more + 2):
         found[-index] += 1
-    return tuple(found)
+    return tuple(model.together * count for count in found)
 
 
 def _settings(given: dict[str, str], model: Model, capability: float, kv: str) -> EngineSettings:

@@ -22,8 +22,9 @@ SMALL = st.integers(1, 9)
 @st.composite
 def pipelines(draw: Callable[..., int]) -> Pipeline:
     """Few layers of up to three kinds, over stages with a pace, something beside layers, and some room."""
-    kinds = draw(st.integers(1, 3))
-    order = tuple(draw(st.lists(st.integers(0, kinds - 1), min_size=1, max_size=9)))
+    kinds, step = draw(st.integers(1, 3)), draw(st.sampled_from((1, 1, 2, 3)))
+    order = tuple(draw(st.lists(st.integers(0, kinds - 1), min_size=step, max_size=9)))
+    order = order[: len(order) // step * step]
     stages = draw(st.integers(1, min(5, len(order))))
 
     def each(values: st.SearchStrategy[int], count: int) -> tuple[int, ...]:
@@ -41,15 +42,18 @@ def pipelines(draw: Callable[..., int]) -> Pipeline:
         room=each(st.integers(5, 60), stages),
         most=draw(st.sampled_from((len(order), -(-3 * len(order) // (2 * stages))))),
         pace=draw(st.sampled_from([(), each(st.sampled_from((2, 3, 7)), stages)])),
+        together=step,
     )
 
 
 def brute_force(p: Pipeline) -> tuple[int, ...] | None:
     """The best of all splits that fit."""
     layers, stages = len(p.kinds), len(p.extra)
-    even = list(accumulate(even_split(layers, stages)))
+    if stages * p.together > layers:
+        return None
+    even = [p.together * end for end in accumulate(even_split(layers // p.together, stages))]
     best = []
-    for cuts in combinations(range(1, layers), stages - 1):
+    for cuts in combinations(range(p.together, layers, p.together), stages - 1):
         spans = list(pairwise((0, *cuts, layers)))
         parts = [p.kinds[i:j] for i, j in spans]
         heaviest = max(

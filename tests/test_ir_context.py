@@ -37,7 +37,6 @@ def limit(length: int, **fields: Any) -> int:
         (32768, {"type": "mrope", "mrope_section": [16, 24, 24]}, 32768),
         (8192, {"rope_type": "default", "rope_theta": 10000.0}, 8192),
         (2048, {"type": "linear", "factor": 1.5}, 3072),
-        (2048, {"type": "video_rope", "factor": None}, 2048),
         (4096, {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": {}}, 8192),
     ],
 )

@@ -114,6 +114,15 @@ def test_no_stage_holds_more_than_three_halves_of_the_mean(layers: int, text: st
     assert said is None or said in found["balance"]
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [("pp2[6,4]", None), ("pp3", "a stage holds 3 layers, of which 2"), ("pp4[4,2,2,2]", None)]
+)
+def test_layers_that_are_one_lie_on_one_stage(text: str, said: str | None) -> None:
+    found = broken(make_model((dense(), 10), together=2), text)
+    assert set(found) == ({"balance"} if said else set())
+    assert said is None or said in found["balance"]
+
+
 @pytest.mark.parametrize("model", [DENSE, SPARSE, LATENT, FIRST])
 @pytest.mark.parametrize("text", ["tp1", "tp4", "pp3 tp2", "attn(dp2,tp2) ffn(tp4)", "pp2[7,5] tp2 w4a16 kv=fp8"])
 def test_memory_is_enough_to_the_byte(model: Model, text: str) -> None:

@@ -94,6 +94,15 @@ def test_formats_run_on_the_gpus_that_the_engine_has_kernels_for(
     assert why in found
 
 
+@pytest.mark.parametrize(("width", "why"), [(0, ""), (64, ""), (192, "take the field out of config.json")])
+def test_vllm_refuses_glm_files_whose_head_dim_it_takes_for_another_one_as_recorded(width: int, why: str) -> None:
+    # Verdicts on GLM-5.2 and 5.3, which state 192: no backend for a head of 704; without the field they are built.
+    model = replace(load_model("glm-5"), stated_head_dim=width)
+    found = said(VLLM, model, "attn(tp8) ffn(tp8)", capability=10.0, block_size=64)
+    assert why in found and bool(found) == bool(why)
+    assert not said(SGLANG, model, "attn(tp8) ffn(tp8)", capability=10.0, block_size=64)
+
+
 @pytest.mark.parametrize("method", ["modelopt", "modelopt_mixed"])
 def test_a_method_may_need_more_than_its_format_and_only_where_the_checkpoint_is_served_as_it_is(method: str) -> None:
     model = replace(DENSE, weight_format="fp8", scheme=Scheme(method=method))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cli_cases import run
 
 import apex_opt
 from apex_opt.ir import load_model
@@ -50,6 +51,12 @@ def test_a_file_that_is_not_read_is_told_with_what_it_lacks() -> None:
     assert not refused.found and refused.status == "refused"
     assert "draft head" in refused.to_dict()["reason"]
     assert "is not read" in refused.page() and "draft head" in refused.page()
+
+
+@pytest.mark.parametrize(("asked", "said"), [("none.json", "no such file"), ("no-such-model", "unknown model")])
+def test_what_is_not_there_is_a_fault_of_the_command_as_an_unknown_name_is(asked: str, said: str) -> None:
+    ran = run("models", f"--supports={asked}")
+    assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1
 
 
 def test_a_file_of_a_type_that_is_not_known_is_told_field_by_field(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from math import lcm
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
+from apex_opt.ir.formats import get_format
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
@@ -50,6 +52,7 @@ class EngineRules:
     methods : mapping               methods of quantisation of a checkpoint that need another range than their format
     no_half : set                   families that are not computed in fp16
     made_on_load : set              weight formats that the engine makes of 16-bit weights while it loads them
+    gate_room : bool                experts without a gate whose format is made on load are held with room for one
     whole_scales : bool             a shard of a quantised matrix holds whole groups and blocks of scales
     least_group : int               groups of experts may be halved down to so many weights to fit a shard
     padded_experts : mapping        weight formats whose experts are stored with their sizes rounded up: (from, below,
@@ -62,6 +65,8 @@ class EngineRules:
     whole_experts : set             families whose experts are cut by tp alone, whatever is asked
     without_class : set             families that the release has no class of its own for: it refuses them, or runs a
                                     class of Transformers, whose times are others
+    misread_heads : set             families with latent attention of which the engine takes a file's `head_dim` for the
+                                    width of the rotary key, and has kernels for no other one
     brought_code : set              families, and types of files around decoders, whose configuration Transformers does
                                     not know: its class comes with the checkpoint, which the engine runs where it is
                                     told to trust it
@@ -105,6 +110,7 @@ class EngineRules:
     methods: Mapping[str, tuple[float, float]] = field(default_factory=lambda: MappingProxyType({}))
     no_half: frozenset[str] = frozenset()
     made_on_load: frozenset[str] = frozenset()
+    gate_room: bool = False
     whole_scales: bool = True
     least_group: int = 0
     padded_experts: Mapping[str, tuple[tuple[float, float, int, int], ...]] = field(
@@ -117,6 +123,7 @@ class EngineRules:
     whole_when_tied: frozenset[str] = frozenset()
     whole_experts: frozenset[str] = frozenset()
     without_class: frozenset[str] = frozenset()
+    misread_heads: frozenset[str] = frozenset()
     brought_code: frozenset[str] = frozenset()
     whole_kv_heads: frozenset[str] = frozenset()
     tower_shards: bool = False
@@ -174,6 +181,11 @@ class EngineRules:
             "of Transformers, whose times are others; see whether your release has one"
         )
 
+    def misreads(self, model: Model) -> bool:
+        """Whether the engine takes the width of heads that a file states for another one."""
+        widths = {0, *(run.block.attention.rotary_dim for run in model.runs)}
+        return model.family in self.misread_heads and model.stated_head_dim not in widths
+
     def __reduce__(self) -> tuple[Callable[[], EngineRules], tuple[()]]:
         # Views of mappings do not travel to other processes.
         told: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -190,6 +202,7 @@ class Held:
     dense_per_copy : bool       as `EngineRules` has it
     whole_shared : bool         shared experts are whole where experts are cut by ep and attention has copies
     padded : tuple of (format, hidden, columns)    what the sizes of experts in a format are rounded up to multiples of
+    gate_room : set of str      formats in which experts without a gate are stored with room for one
     vocab_everywhere : bool     every stage holds the embedding and the LM head
     embedding_everywhere : bool every stage holds the embedding
     whole_vocabulary : bool     neither is cut
@@ -199,6 +212,7 @@ class Held:
     dense_per_copy: bool = False
     whole_shared: bool = False
     padded: tuple[tuple[str, int, int], ...] = ()
+    gate_room: frozenset[str] = frozenset()
     vocab_everywhere: bool = False
     embedding_everywhere: bool = False
     whole_vocabulary: bool = False
@@ -226,6 +240,7 @@ class Held:
                 for least, below, hidden, columns in kinds
                 if least <= has < below
             ),
+            gate_room=rules.made_on_load if rules.gate_room and _in_half(model) else frozenset(),
             vocab_everywhere=model.family in rules.vocab_on_every_stage,
             embedding_everywhere=model.family in rules.embedding_on_every_stage,
             whole_vocabulary=model.family in rules.whole_vocabulary,
@@ -246,6 +261,11 @@ class Held:
     def multiples(self, name: str) -> tuple[int, int]:
         """What width and columns of an expert in a format are rounded up to multiples of, as they are stored."""
         return next(((hidden, columns) for padded, hidden, columns in self.padded if padded == name), (1, 1))
+
+
+def _in_half(model: Model) -> bool:
+    """Whether the checkpoint is in 16 bit, so that other formats of it are made while it is loaded."""
+    return get_format(model.weight_format).weight_bits == 16
 
 
 def _angles(model: Model) -> int:

@@ -44,6 +44,7 @@ VLLM: Final = EngineRules(
     attention=MappingProxyType({"sparse": (9.0, 11.0), "compressed": (9.0, 11.0)}),
     no_half=frozenset({"gemma2", "gemma3", "gemma3_text", "plamo2", "glm4"}),
     made_on_load=frozenset({"fp8"}),
+    gate_room=True,
     least_group=32,
     padded_experts=MappingProxyType({"mxfp4": ((8.0, 9.0, 256, 128), (9.0, 10.0, 1, 64), (10.0, inf, 256, 256))}),
     vocab_multiple=64,
@@ -83,6 +84,7 @@ VLLM: Final = EngineRules(
             *("granite_docling_text", "minimax_m3", "minimax_m3_vl_text", "mimo_v2", "youtu", "step3p7"),
         )
     ),
+    misread_heads=frozenset({"glm_moe_dsa"}),
     brought_code=frozenset(
         (
             *("Keye", "KeyeVL1_5", "axk1", "baichuan", "bailing_moe", "bailing_moe_v2", "deepseek", "dots_ocr"),
@@ -118,6 +120,7 @@ VLLM: Final = EngineRules(
             "attention": "v1/attention/backends/mla/*_sparse.py: supports_compute_capability; recorded verdicts",
             "no_half": "config/model.py: _FLOAT16_NOT_SUPPORTED_MODELS",
             "made_on_load": "layers/quantization/fp8.py: Fp8OnlineLinearMethod",
+            "gate_room": "layers/quantization/online/moe_base.py: w13_weight, whatever is_act_and_mul says",
             "whole_scales": "layers/quantization/utils/fp8_utils.py: validate_fp8_block_shape; fp8.py, awq.py, gptq.py",
             "least_group": "layers/quantization/moe_wna16.py: groups are halved while they do not divide, down to 32",
             "padded_experts": "layers/fused_moe/oracle/mxfp4.py: mxfp4_round_up_hidden_size_and_intermediate_size",
@@ -128,6 +131,7 @@ VLLM: Final = EngineRules(
             "whole_when_tied": "models/ernie45_moe.py: an LM head that is the embedding of another stage",
             "whole_experts": "transformers_utils/model_arch_config_convertor.py: get_num_experts finds none",
             "without_class": "models/registry.py: the architectures listed",
+            "misread_heads": "transformers 5.8.1, GlmMoeDsaConfig.attribute_map; v1/attention/backends/mla/*_sparse.py",
             "brought_code": "transformers 5.8.1, CONFIG_MAPPING_NAMES; transformers_utils/config.py: types in neither",
             "whole_kv_heads": "models/gpt_oss.py: KV heads // tensor-parallel size",
             "tower_shards": "models/*: heads of the vision tower are divided by the tensor-parallel size",

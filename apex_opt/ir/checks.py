@@ -11,6 +11,8 @@ from apex_opt.ir.formats import FORMATS
 MAX_COUNT: Final = 2**31
 """Largest width, count or length taken for real; anything above is a fault of the input."""
 
+_LARGEST: Final = 1e300
+
 
 def shown(value: object) -> str:
     """A faulty value as an error message quotes it: short, on one line; what JSON has a word for, in that."""
@@ -21,6 +23,11 @@ def shown(value: object) -> str:
     except ValueError:
         # Python refuses to print integers of thousands of digits.
         return "a number of thousands of digits"
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number that is finite and can be computed with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
 def count_fault(name: str, value: object, minimum: int = 1, maximum: int = MAX_COUNT) -> str | None:

@@ -6,7 +6,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.ir.checks import MAX_COUNT, shown
+from apex_opt.ir.checks import MAX_COUNT, is_number, shown
+from apex_opt.ir.fields import printed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,9 +23,24 @@ _UNSCALED: Final = ("su", "longrope", "llama3")
 """Kinds of scaling whose files give the scaled length as it is."""
 _KINDS: Final = (
     *("default", "linear", "ntk", "dynamic", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mllama4"),
-    *("mrope", "xdrope", "openpangu", "proportional"),
+    *("mrope", "xdrope", "openpangu", "proportional", "telechat3-yarn"),
 )
 """Kinds of scaling whose factor extends the length; what one of another kind does is not known."""
+_NUMBERS: Final = frozenset(
+    (
+        *("factor", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "rope_dim", "alpha"),
+        *("max_position_embeddings", "attention_factor", "attn_factor", "extrapolation_factor", "mscale"),
+        *("mscale_all_dim", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "short_mscale"),
+        *("long_mscale", "llama_4_scaling_beta", "scaling_factor"),
+    )
+)
+"""What scales positions, or how they turn, in a number."""
+_OTHERS: Final = frozenset(
+    (
+        *("type", "rope_type", "short_factor", "long_factor", "mrope_section", "mrope_interleaved", "xdrope_section"),
+        *("truncate", "finetuned", "apply_yarn_scaling", "is_deepseek_v4", "use_fope", "mixed_b"),
+    )
+)
 _LOCAL_BASES: Final = ("rope_local_base_freq", "swa_rope_theta", "local_rope_theta")
 """Fields that give layers behind windows another base to turn by."""
 _SCALED: Final = "gemma3"
@@ -46,6 +62,8 @@ def context_limit(fields: Fields) -> int:
     key, kinds, nested = _scalings(fields)
     factor = 1.0
     for kind in kinds.values() if nested else (kinds,):
+        if not _described(fields, key, kind):
+            return 0
         called = "rope_type" if "rope_type" in kind or "type" not in kind else "type"
         name = kind.get(called, "default")
         if not isinstance(name, str):
@@ -53,13 +71,13 @@ def context_limit(fields: Fields) -> int:
             return 0
         if name in _UNSCALED:
             continue
+        if name not in _KINDS:
+            fields.fault(f"{key}.{called}", f"may be {', '.join((*_KINDS, *_UNSCALED))}, not {shown(name)}")
+            return 0
         given = kind.get("factor")
         if given is not None:
-            if name not in _KINDS:
-                fields.fault(f"{key}.{called}", f"may be {', '.join((*_KINDS, *_UNSCALED))}, not {shown(name)}")
-                return 0
-            if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= MAX_COUNT:
-                fields.fault(f"{key}.factor", f"must be a number above 0, not {shown(given)}")
+            if given > MAX_COUNT:
+                fields.fault(f"{key}.factor", f"must be a number of at most {MAX_COUNT}, not {shown(given)}")
                 return 0
             factor = float(given)
         if name == "yarn" and kind.get("original_max_position_embeddings") is not None:
@@ -71,12 +89,39 @@ def context_limit(fields: Fields) -> int:
     return stated if _SCALED in fields.text("model_type") else limit
 
 
+def _described(fields: Fields, key: str, kind: Mapping[str, Any]) -> bool:
+    """Whether all that an object says of positions is known, and its numbers are some; else that is noted.
+
+    Parameters
+    ----------
+    fields : Fields    of the decoder
+    key : str          of the object
+    kind : mapping     the object, or that of one kind of layers within it
+    """
+    for name, value in kind.items():
+        if name in _NUMBERS:
+            positive = name == "factor"
+            if value is not None and not (is_number(value) and (value > 0 or not positive)):
+                fields.fault(f"{key}.{name}", f"must be a number{' above 0' * positive}, not {shown(value)}")
+                return False
+        elif name not in _OTHERS and value:
+            fields.fault(f"{key}.{printed(name)}", f"is not understood (it is {shown(value)})")
+            return False
+    return True
+
+
 def _scalings(fields: Fields) -> tuple[str, Mapping[str, Any], bool]:
     """What scales the rotary positions: the field, what it holds, and whether that is told for each kind of layer."""
     key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     scaling = fields.section(key)
     kinds: Mapping[str, Any] = scaling.values if scaling is not None else {}
-    return key, kinds, bool(kinds) and all(isinstance(kind, dict) for kind in kinds.values())
+    others = [name for name in kinds if name not in _NUMBERS | _OTHERS]
+    nested = [name for name in others if isinstance(kinds[name], dict)]
+    if nested:
+        for odd in (name for name in others if name not in nested and kinds[name]):
+            fields.fault(f"{key}.{printed(odd)}", f"must be an object, not {shown(kinds[odd])}")
+        kinds = {name: kinds[name] for name in nested}
+    return key, kinds, bool(nested)
 
 
 def angle_positions(fields: Fields) -> tuple[int, int] | None:

@@ -59,7 +59,11 @@ class Fields:
     def spelled(self, own_names: Mapping[str, str]) -> Fields:
         """The same fields by their usual names, of which the file has other ones for some."""
         usual = {name: self.values[own] for name, own in own_names.items() if own in self.values}
-        called = {name: own for name, own in own_names.items() if name in usual or name not in self.values}
+        called = {
+            name: self.own_names.get(own, own)
+            for name, own in own_names.items()
+            if name in usual or name not in self.values
+        }
         return replace(self, values={**self.values, **usual}, own_names={**self.own_names, **called})
 
     def replaced(self, values: Mapping[str, Any]) -> Fields:

@@ -26,10 +26,10 @@ from apex_opt.ir.model import MAX_LAYERS, Block, Model, Run
 from apex_opt.ir.patterns import PatternError
 from apex_opt.ir.per_layer import read_layers
 from apex_opt.ir.quantisation import QUANTISATION_KEYS, Quantisation, read_quantisation
-from apex_opt.ir.understood import BESIDE, refuse_unknown, unknown_fields
+from apex_opt.ir.understood import BESIDE, changes_nothing, odd_values, refuse_unknown, unknown_fields
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from apex_opt.ir.held import Held
@@ -151,6 +151,8 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         source += f" ({wrapped})"
     found = _reading(fields, family_of(fields, text_type(config, wrapped), source, bool(wrapped)), bool(wrapped))
     family, fields, size, layers, quantisation = found[:5]
+    if wrapped:
+        fields.faults.extend(_contradicted(config, fields, wrapped))
     if fields.faults:
         raise join_faults(source, list(dict.fromkeys(fields.faults)))
 
@@ -187,6 +189,8 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str) -> Mode
         tower=tower,
         unread=_unread({**whole, **config}, family, tower),
         pools=family.pools,
+        stated_head_dim=stated if type(stated := fields.values.get("head_dim")) is int else 0,
+        together=layers.together,
         before=layers.before,
         after=layers.after,
         source=source,
@@ -199,6 +203,25 @@ def _repeated(fields: Fields, stated: Mapping[str, Any]) -> list[str]:
     """Other names under which a file states the same number of experts as under the one that is read."""
     told = [stated[key] for key in _EXPERTS if key in fields.asked and key in stated]
     return [key for key in _EXPERTS if key in stated and stated[key] in told]
+
+
+def _contradicted(config: Mapping[str, Any], fields: Fields, wrapped: str) -> Iterator[str]:
+    """Faults of sizes that a decoder leaves to its class, and which the file around it states as other ones.
+
+    Where the decoder states them, engines read no others.
+
+    Parameters
+    ----------
+    config : mapping    the whole file
+    fields : Fields     of the decoder, as they were read
+    wrapped : str       where it lies
+    """
+    for key, value in config.items():
+        own = fields.values.get(key)
+        sizes = type(value) is int and type(own) is int
+        if sizes and value != own and key not in config[wrapped] and key in fields.asked and not changes_nothing(key):
+            told = f"{shown(own)} in its class and {shown(value)} around it"
+            yield f"{key} is left out of {wrapped}, {told}; give it there"
 
 
 class _Reading(NamedTuple):
@@ -238,6 +261,7 @@ def _reading(fields: Fields, family: Family, wrapped: bool) -> _Reading:
     layers = read_layers(family, fields, size)
     dtype, quantisation, mtp_layers = _dtype(fields), read_quantisation(fields), _mtp_layers(fields)
     fields.idle(*_repeated(fields, stated))
+    fields.faults.extend(odd_values(stated))
     unknown = tuple(unknown_fields(fields, stated))
     if not fields.faults:  # a reader that met one has not asked for all
         refuse_unknown(fields, unknown)
@@ -398,7 +422,7 @@ def _refuse_draft_heads(config: Mapping[str, Any], source: str) -> None:
         names = [fields.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
         signs = [name for name in names if isinstance(name, str) and _DRAFT_NAME.search(name)]
         signs += [key for key in _DRAFT_KEYS if fields.get(key)]
-        if fields.get("num_hidden_layers") == 1 and all(
+        if count_fault("layers", fields.get("num_hidden_layers"), 1, 1) is None and all(
             isinstance(size := fields.get(key), int) and size >= least for key, least in _REAL_SIZES.items()
         ):
             signs.append("a single layer under a whole vocabulary")
@@ -417,9 +441,12 @@ def _thinker(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _text_part(config: Mapping[str, Any], source: str) -> tuple[Fields, str]:
     """The decoder's fields, and the object they lay in, which inherits what concerns the whole model; "": none."""
-    named = next((key for key in _TEXT if config.get(key) is not None), None)
-    if named is None:
+    there = [key for key in _TEXT if config.get(key) is not None]
+    if not there:
         return Fields(config), ""
+    named, *others = there
+    if odd := next((key for key in others if config[key] != config[named]), None):
+        raise InputError(f"{source}: {named} and {odd} differ, and a file has one decoder; give it without one of them")
     inner = Fields(config).section(named)
     if inner is None:
         raise InputError(f"{source}: {named} must be an object, not {shown(config[named])}")

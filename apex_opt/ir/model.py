@@ -252,6 +252,8 @@ class Model:
                             have of prompts; None where it has none, and the tower that reads images is left out
     angles : (int, int) or None    positions in the tables of angles of layers that see all and of those behind windows;
                             None where all turn by one table of `max_position`
+    stated_head_dim : int   `head_dim` of the file, which latent attention has no use for; 0 where it states none
+    together : int          so many layers, counted from the first, are one in the engine and lie on one stage
     before : tuple of Matrix    weights that the first stage has beside the embedding: learned positions, a norm
     after : tuple of Matrix     weights that the last stage has beside the LM head and the final norm
     source : str            where the description comes from
@@ -278,6 +280,8 @@ class Model:
     unread: tuple[str, ...] = ()
     images: tuple[float, float] | None = None
     angles: tuple[int, int] | None = None
+    stated_head_dim: int = 0
+    together: int = 1
     before: tuple[Matrix, ...] = ()
     after: tuple[Matrix, ...] = ()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Final
 
-from apex_opt.ir.checks import shown
+from apex_opt.ir.checks import count_fault, shown
 
 if TYPE_CHECKING:
     from apex_opt.ir.families import Family, Layers, Sizes
@@ -50,6 +50,9 @@ def read_layers(family: Family, fields: Fields, size: Sizes) -> Layers:
         for key, value in entry.items():
             if usual.get(key, key) not in _KNOWN and not (key in _KEPT or (key == "skip" and not value)):
                 section.fault(number, f"has {shown(key)}, which is not read layer by layer")
+                return layers
+            if key not in _KEPT and value and (fault := count_fault(f"{section.name(number)}.{key}", value)):
+                fields.faults.append(fault)
                 return layers
         own = {usual.get(key, key): value for key, value in entry.items() if key not in _KEPT and key != "skip"}
         found.setdefault(json.dumps(own, sort_keys=True), []).append(layer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from apex_opt.ir.checks import shown
+from apex_opt.ir.checks import is_number, shown
 from apex_opt.ir.fields import printed
 from apex_opt.ir.quantisation import QUANTISATION_KEYS
 
@@ -68,14 +68,42 @@ IDLE: Final[dict[str, str]] = {
 }
 """Expressions of the names of fields that change nothing in any family, by what they are about."""
 
+_ACTIVATIONS: Final = """
+    gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh gelu_tanh quick_gelu
+    gegelu geglu hardswish laplace leaky_relu linear mish relu relu2 relu6 sigmoid silu situ sqrtsoftplus swiglu
+    swigluoai swish tanh xielu
+"""
+KINDS: Final[dict[str, frozenset[str]]] = {
+    r"(?!is_)(.*_)?(hidden_)?act(ivation)?(_fn|_func|_function)?": frozenset(_ACTIVATIONS.split()),
+    r"scoring_func|score_function|expert_selection_fn": frozenset(("sigmoid", "softmax", "sqrtsoftplus", "noaux_tc")),
+    r"topk_method": frozenset(("noaux_tc", "greedy", "group_limited_greedy")),
+    r"(layer_)?rope_type|rotary_type": frozenset(
+        ("default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "mrope")
+    ),
+}
+"""Words of fields that name a kind of function, by expressions of the fields: others may be of layers yet to come."""
+
+_NUMBERS: Final = re.compile(
+    r"(.*_)?rope_(theta|base|ratio|pct|percent|local_base_freq|embedding_base)|rope_position_scale"
+    r"|(global_|local_|partial_)?rotary_(pct|base|emb_base|emb_fraction|dim|factor|percentage)"
+)
+"""Names of fields that turn queries and keys by a number, if they are not null."""
+
 BESIDE: Final = re.compile(
-    r"vision|visual|vit|image|img|audio|sound|speech|talker|token2wav|code2wav|tts|mm_tower", re.IGNORECASE
+    r"(?:^|_)(?:vision|visual|vit|image|img|audio|sound|speech|talker|token2wav|code2wav|tts|mm_tower)",
+    re.IGNORECASE,
 )
 """Names of objects that have towers, or what speaks, beside a decoder."""
 
+_KINDS: Final = {re.compile(names): known for names, known in KINDS.items()}
 _IDLE: Final = re.compile("|".join(f"(?:{name})" for names in IDLE.values() for name in names.split()))
 _OWN_RULES: Final = (*QUANTISATION_KEYS, "per_layer_config")
 """Objects whose readers refuse themselves what they do not know."""
+
+
+def changes_nothing(key: str) -> bool:
+    """Whether a field changes nothing of what is counted in any family."""
+    return _IDLE.fullmatch(key) is not None
 
 
 def refuse_unknown(fields: Fields, unknown: Iterable[tuple[str, Any]]) -> None:
@@ -92,6 +120,24 @@ def refuse_unknown(fields: Fields, unknown: Iterable[tuple[str, Any]]) -> None:
         fields.faults.append(f"{name} {text}")
 
 
+def odd_values(stated: Mapping[str, Any]) -> Iterator[str]:
+    """Faults of fields that change nothing as long as they say what is known.
+
+    Parameters
+    ----------
+    stated : mapping    what the file itself has in the decoder
+    """
+    for key, value in stated.items():
+        if value is None or not _IDLE.fullmatch(key):
+            continue
+        rows = value if isinstance(value, list) else [value]
+        if _NUMBERS.fullmatch(key) and not all(map(is_number, rows)):
+            yield f"{printed(key)} must be a number, not {shown(value)}"
+        known = next((words for names, words in _KINDS.items() if names.fullmatch(key)), None)
+        if known is not None and not (isinstance(value, str) and value.lower() in known):
+            yield f"{printed(key)} {shown(value)} is not supported; supported: {', '.join(sorted(known))}"
+
+
 def unknown_fields(fields: Fields, stated: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Fields that are not understood, by the names that messages use, and their values.
 
@@ -103,9 +149,9 @@ def unknown_fields(fields: Fields, stated: Mapping[str, Any], prefix: str = "") 
     """
     for key, value in stated.items():
         name = f"{prefix}{key}"
-        if not value or _IDLE.fullmatch(key) or key in _OWN_RULES:
+        if not value or _IDLE.fullmatch(key) or (not prefix and key in _OWN_RULES):
             continue
-        if isinstance(value, dict) and BESIDE.search(key):
+        if isinstance(value, dict) and not prefix and BESIDE.search(key):
             continue
         if name not in fields.asked:
             yield f"{prefix}{printed(key)}", value

@@ -218,6 +218,9 @@ def _balance(instance: Instance, plan: Plan) -> Iterator[str]:
             f"the largest of {plan.stages} stages holds {max(plan.layers)} of {layers} layers, "
             f"more than {IMBALANCE[0]}/{IMBALANCE[1]} of the mean"
         )
+    together = instance.model.together
+    if odd := next((count for count in plan.layers if count % together), 0):
+        yield f"a stage holds {odd} layers, of which {together} each are one that no engine cuts"
 
 
 def decode_bytes(model: Model, plan: Plan, held: Held = PLAIN) -> int:

@@ -49,17 +49,18 @@ def moved(instance: Instance, plan: Plan) -> tuple[int, ...] | None:
     ends = {0: model.before_bytes(tp), last: 2 * model.after_parameters}
     beside = [vocab * n + ends.get(index, 0) + instance.held.table_bytes for index, n in enumerate(copies)]
     extra = (*(0,) * (plan.stages - 1), head)
-    most = IMBALANCE[0] * model.layers // (IMBALANCE[1] * plan.stages)
+    most, step = IMBALANCE[0] * model.layers // (IMBALANCE[1] * plan.stages), model.together
     rooms = tuple(s.usable_bytes - s.runtime_bytes - other for s, other in zip(stages, beside, strict=True))
     active = tuple(room - stage.workspace_bytes for room, stage in zip(rooms, stages, strict=True))
-    if sum(active) < max(row[-1] for row in held):
+    if sum(active) < max(row[-1] for row in held) or plan.stages * step > model.layers:
         return None
-    found = _lightest(tuple(weights), held, extra, rooms, most)
+    whole = tuple(weights[::step]), tuple(row[::step] for row in held)
+    found = _lightest(*whole, extra, rooms, most // step)
     if found is not None and any(
-        _taken(held, i, j) > room for (i, j), room in zip(pairwise([0, *accumulate(found)]), active, strict=True)
+        _taken(whole[1], i, j) > room for (i, j), room in zip(pairwise([0, *accumulate(found)]), active, strict=True)
     ):
-        found = _lightest(tuple(weights), held, extra, active, most)
-    return found
+        found = _lightest(*whole, extra, active, most // step)
+    return None if found is None else tuple(count * step for count in found)
 
 
 def _held_before(instance: Instance, plan: Plan, weights: list[int]) -> tuple[tuple[int, ...], ...]:

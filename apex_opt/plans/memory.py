@@ -107,11 +107,13 @@ def ffn_cut(cell: Ffn, attention: Template, template: Template, weight_format: s
     if not cell.experts:
         return Cut(columns=held.dense_shards(attention.tp, template.tp * template.ep))
     spread = held.spreads_tokens(attention.dp, template.ep)
+    form = get_format(weight_format).part(cell.quantised or 1).name
     return Cut(
         columns=1 if spread else held.dense_shards(attention.tp, template.tp * template.ep),
         experts=template.ep,
         expert_columns=template.tp,
-        multiples=held.multiples(get_format(weight_format).part(cell.quantised or 1).name),
+        multiples=held.multiples(form),
+        gate_room=form in held.gate_room,
     )
 
 

@@ -140,6 +140,11 @@ def _formats(rules: EngineRules, model: Model, gpu: Gpu, plan: Plan) -> Iterator
         ranges.append((f"{published.method} checkpoints", rules.methods[published.method]))
     kinds = model.traits | {plan.kv_format}
     ranges += [(_NAMES[kind], span) for kind, span in rules.attention.items() if kind in kinds]
+    if rules.misreads(model):
+        yield (
+            f"head_dim {model.stated_head_dim}: {rules.release} takes it for the width of the rotary key, for which it "
+            "has no kernel; take the field out of config.json"
+        )
     if wanted.name == "fp16" and model.family in rules.no_half:
         yield f"fp16: {rules.release} does not compute {model.family} models in it"
     for what, (least, below) in ranges:

@@ -49,23 +49,29 @@ _OF_ALL: Final = ("power", "memory")
 
 
 def models_document(asked: str | None) -> listed.Models:
-    """The models that can be named; or the one of a name or file that is asked for, or why it is not read."""
+    """The models that can be named; or the one of a name or file that is asked for, or why it is not read.
+
+    Raises
+    ------
+    UnknownNameError    a name that nothing bears
+    InputError          no such file, or none of JSON
+    """
     if asked is None:
         return listed.Models(status="ok", models=tuple(map(model_row, list_models())))
+    config, _, source = find_config(asked)
     try:
         model = load_model(asked)
     except InputError as error:
-        nearest, own, fields = _told(asked)
+        nearest, own, fields = _told(config, source)
         return listed.Models(
             status="refused", asked=asked, reason=str(error), nearest=nearest, own_family=own, fields=fields, models=()
         )
     return listed.Models(status="read", asked=asked, runs=_runs(model), models=(model_row(model),))
 
 
-def _told(asked: str) -> tuple[str | None, bool | None, dict[str, str] | None]:
+def _told(config: dict[str, Any], source: str) -> tuple[str | None, bool | None, dict[str, str] | None]:
     """What is understood of a file that is not read, as `told_by_field` has it; None where there is no decoder."""
     try:
-        config, _, source = find_config(asked)
         return told_by_field(config, source)
     except InputError:
         return None, None, None
@@ -101,6 +107,8 @@ def _runs(model: Model) -> str | None:
     family, found = model.family, []
     if family in VLLM.without_class:
         found.append("it has no class of its own, and refuses it or runs one of Transformers, whose times are others")
+    if VLLM.misreads(model):
+        found.append(f"it refuses it for head_dim {model.stated_head_dim}, which is to be taken out of the file")
     if brings_code(model):
         found.append("its checkpoint brings code, which engines run where they are told to trust it")
     if family in VLLM.whole_models or (model.tied_embeddings and family in VLLM.whole_when_tied):

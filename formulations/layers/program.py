@@ -34,7 +34,7 @@ No value of V_k is a dead end, so that the first solution met is the best one.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from math import lcm
@@ -66,6 +66,7 @@ class Pipeline:
     room : tuple of int       bytes each stage has for its layers
     most : int                layers a stage may hold
     pace : tuple of int       what a unit of weight takes each stage; () where all are as fast
+    together : int            so many layers, counted from the first, lie on one stage: they are one layer below
     """
 
     kinds: tuple[int, ...]
@@ -77,6 +78,7 @@ class Pipeline:
     pace: tuple[int, ...] = ()
     shared: tuple[tuple[int, ...], ...] = ()
     page: int = 0
+    together: int = 1
 
 
 def rows(
@@ -105,14 +107,15 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
     ------
     FormulationError    the solver does not decide
     """
-    layers, stages = len(pipeline.kinds), len(pipeline.extra)
+    step, stages = pipeline.together, len(pipeline.extra)
+    layers, most = len(pipeline.kinds) // step, pipeline.most // step
     if stages > layers:
         return None
-    weight = [0, *accumulate(pipeline.weight[kind] for kind in pipeline.kinds)]
-    sums = rows(pipeline.kinds, pipeline.held, pipeline.shared, pipeline.page)
+    weight = [0, *accumulate(pipeline.weight[kind] for kind in pipeline.kinds)][::step]
+    sums = [row[::step] for row in rows(pipeline.kinds, pipeline.held, pipeline.shared, pipeline.page)]
     paces = pipeline.pace or (1,) * stages
-    reach = _Reach(pipeline, weight, sums, paces)
-    spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + pipeline.most, layers) + 1)]
+    reach = _Reach(replace(pipeline, most=most), weight, sums, paces)
+    spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + most, layers) + 1)]
     # Were all stages to take as long, each would take so much, hence the slowest does.
     common = lcm(*paces)
     mean = -(-(weight[-1] + sum(pipeline.extra)) * common // sum(common // pace for pace in paces))
@@ -150,7 +153,7 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         raise FormulationError(f"layers: the solver ends as {solver.status_name(status)}")
     found = [0, *(values[solver.value(cut)] for cut, values in zip(cuts, ends, strict=True)), layers]
-    return tuple(end - start for start, end in pairwise(found))
+    return tuple(step * (end - start) for start, end in pairwise(found))
 
 
 class _Reach:

@@ -142,8 +142,10 @@ def computes(instance: Instance, weight_format: str) -> bool:
 
 
 def balanced(instance: Instance, stages: int) -> bool:
-    """Whether the largest of so many stages holds at most 3/2 of the mean layers."""
-    layers = instance.model.layers
+    """Whether the largest of so many stages holds at most 3/2 of the mean layers, and all hold whole ones."""
+    layers, together = instance.model.layers, instance.model.together
+    if together > 1 and layers % (together * stages):
+        return False
     return stages * -(-layers // stages) * IMBALANCE[1] <= IMBALANCE[0] * layers
 
 
@@ -256,7 +258,7 @@ def engine_runs(model: cp_model.CpModel, instance: Instance, v: Variables) -> li
 
 
 def stages_balance(model: cp_model.CpModel, instance: Instance, v: Variables) -> list[cp_model.Constraint]:
-    """C5: the largest stage holds at most 3/2 of the mean layers."""
+    """C5: the largest stage holds at most 3/2 of the mean layers, and none a part of those that are one."""
     counts = range(1, min(instance.max_devices, instance.model.layers) + 1)
     return [holds(model, "balanced", [v.stages], ((s, balanced(instance, s)) for s in counts))]
 

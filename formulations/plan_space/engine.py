@@ -103,6 +103,10 @@ class Runs:
         """
         if self.rules is None:
             return True
+        model = self.instance.model
+        widths = {block.attention.rotary_dim for block in model.blocks} | {0}
+        if model.family in self.rules.misread_heads and model.stated_head_dim not in widths:
+            return False
         if copies > 1:
             if not (self.instance.model.is_moe or self.rules.dense_attention_copies):
                 return False

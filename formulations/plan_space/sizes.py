@@ -110,6 +110,8 @@ def expert_bytes(instance: Instance, block: Block, tp: int, ep: int, name: str, 
     for padded, *multiples in instance.held.padded:
         if padded == form and not touched:
             cut = cut._replace(multiples=(multiples[0], multiples[1]))
+    if form in instance.held.gate_room:
+        cut = cut._replace(gate_room=True)
     return _packed(name, block.ffn.routed(cut), touched=touched)
 
 

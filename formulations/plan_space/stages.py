@@ -132,6 +132,7 @@ class Stages:
             pace=pace,
             shared=shared,
             page=page,
+            together=self.instance.model.together,
         )
 
     def _count_rows(self, tp: int, *cut: Any) -> list[list[int]]:

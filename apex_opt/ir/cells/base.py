@@ -33,6 +33,7 @@ class Cut(NamedTuple):
     experts : int           groups of routed experts
     expert_columns : int    shards of every expert
     multiples : (int, int)  what width and columns of a shard of an expert are rounded up to multiples of, as stored
+    gate_room : bool        experts without a gate are stored with room for one
     """
 
     heads: int = 1
@@ -40,6 +41,7 @@ class Cut(NamedTuple):
     experts: int = 1
     expert_columns: int = 1
     multiples: tuple[int, int] = (1, 1)
+    gate_room: bool = False
 
 
 WHOLE = Cut()

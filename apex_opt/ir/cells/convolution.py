@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from apex_opt.ir.cells.base import WHOLE, Cut, Headless, Matrix, Piece, State
 from apex_opt.ir.cells.operations import Convolve, Elementwise, Op, Product, norm
-from apex_opt.ir.checks import check_counts, check_flags, check_forms
+from apex_opt.ir.checks import check_counts, check_flags
 from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
@@ -18,37 +18,33 @@ if TYPE_CHECKING:
 class ShortConvolution(Headless):
     """A convolution over the last tokens between two gates, as in LFM2.
 
-    Source: tensor shapes as in `transformers`, cut and kept as in vLLM.
+    Source: tensor shapes as in `transformers`, cut and kept as in vLLM, whose `ShortConv` is told of no number format:
+    its projections stay in 16 bit (SGLang 0.5.23 quantises them).
 
     Parameters
     ----------
     hidden : int            width of the residual stream, and channels
     kernel : int            tokens that the convolution sees
     bias : bool             a bias on the projections and on the convolution
-    quantised : int         number format of the projection of input and gates
-    output_quantised : int  that of the output projection
     """
 
-    FORMS: ClassVar[Mapping[str, str]] = {"quantised": "state in", "output_quantised": "state out"}
+    FORMS: ClassVar[Mapping[str, str]] = {}
 
     hidden: int
     kernel: int
     bias: bool = False
-    quantised: int = 1
-    output_quantised: int = 1
 
     def __post_init__(self) -> None:
         check_counts("short convolution", hidden=self.hidden, kernel=self.kernel)
         check_flags("short convolution", bias=self.bias)
-        check_forms("short convolution", quantised=self.quantised, output_quantised=self.output_quantised)
 
     def matrices(self, cut: Cut = WHOLE) -> tuple[Matrix, ...]:
         """Weights of one shard: those of its channels."""
         channels = ceil_div(self.hidden, cut.heads)
         found = [
-            Matrix("input and gates", channels, self.hidden, self.quantised, "heads", times=3),
+            Matrix("input and gates", channels, self.hidden, 0, "heads", times=3),
             Matrix("convolution", channels, self.kernel + self.bias, cut="heads"),
-            Matrix("output", self.hidden, channels, self.output_quantised, "heads", inputs=True),
+            Matrix("output", self.hidden, channels, 0, "heads", inputs=True),
         ]
         if self.bias:
             found.append(Matrix("input bias", 3 * channels, 1, cut="heads"))
@@ -65,11 +61,11 @@ class ShortConvolution(Headless):
         gate = Elementwise("gate", 6.0 * channels)
         return (
             norm(self.hidden),
-            Product("qkv", 3 * channels, self.hidden, quantised=self.quantised),
+            Product("qkv", 3 * channels, self.hidden),
             gate,
             Convolve(channels, self.kernel),
             gate,
-            Product("output", self.hidden, channels, quantised=self.output_quantised),
+            Product("output", self.hidden, channels),
         )
 
     def width(self, cut: Cut = WHOLE) -> int:

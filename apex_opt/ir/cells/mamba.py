@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar
 
 from apex_opt.errors import InputError
 from apex_opt.ir.cells.base import WHOLE, AttentionCell, Cut, Headless, Matrix, Piece, State
@@ -13,8 +13,6 @@ from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-_FORMS: Final = {"quantised": "state in", "output_quantised": "state out"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +37,7 @@ class Mamba2(AttentionCell):
     output_quantised : int  that of the output projection
     """
 
-    FORMS: ClassVar[Mapping[str, str]] = _FORMS
+    FORMS: ClassVar[Mapping[str, str]] = {"quantised": "state in", "output_quantised": "state out"}
 
     hidden: int
     heads: int
@@ -148,7 +146,8 @@ class Mamba2(AttentionCell):
 class Mamba1(Headless):
     """Mamba: every channel has a state and a decay of its own, B, C and the time step come from the convolved input.
 
-    Source: Gu and Dao, "Mamba", 2023; tensor shapes as in `transformers`, cut and kept as in vLLM.
+    Source: Gu and Dao, "Mamba", 2023; tensor shapes as in `transformers`, cut and kept as in vLLM, whose `MambaMixer`
+    is told of no number format: its projections stay in 16 bit.
 
     Parameters
     ----------
@@ -160,11 +159,9 @@ class Mamba1(Headless):
     bias, conv_bias : bool  a bias on the first and last projection; on the convolution
     norms : bool            norms of time step, B and C, as in Jamba
     state_bytes : int       of an element of the state; the convolution's is 16 bit
-    quantised : int         number format of the first projection
-    output_quantised : int  that of the output projection
     """
 
-    FORMS: ClassVar[Mapping[str, str]] = _FORMS
+    FORMS: ClassVar[Mapping[str, str]] = {}
 
     hidden: int
     inner: int
@@ -175,8 +172,6 @@ class Mamba1(Headless):
     conv_bias: bool = True
     norms: bool = False
     state_bytes: int = 2
-    quantised: int = 1
-    output_quantised: int = 1
 
     def __post_init__(self) -> None:
         check_counts(
@@ -189,7 +184,6 @@ class Mamba1(Headless):
             state_bytes=self.state_bytes,
         )
         check_flags("Mamba", bias=self.bias, conv_bias=self.conv_bias, norms=self.norms)
-        check_forms("Mamba", quantised=self.quantised, output_quantised=self.output_quantised)
 
     @property
     def _small(self) -> int:
@@ -200,13 +194,13 @@ class Mamba1(Headless):
         """Weights of one shard: those of its channels, norms whole."""
         inner = ceil_div(self.inner, cut.heads)
         found = [
-            Matrix("input and gate", inner, self.hidden, self.quantised, "heads", times=2),
+            Matrix("input and gate", inner, self.hidden, 0, "heads", times=2),
             Matrix("convolution", inner, self.kernel + self.conv_bias, cut="heads"),
             # Engines hold these two in 16 bit whatever the rest is in.
             Matrix("time step, B and C", self._small, inner, 0, "heads", inputs=True),
             Matrix("time steps", inner, self.rank, 0, "heads"),
             Matrix("time step bias, decay and skip", inner, 2 + self.state, cut="heads"),
-            Matrix("output", self.hidden, inner, self.output_quantised, "heads", inputs=True),
+            Matrix("output", self.hidden, inner, 0, "heads", inputs=True),
         ]
         if self.norms:
             found.append(Matrix("norms", self._small, 1))
@@ -226,13 +220,13 @@ class Mamba1(Headless):
         norms = [Elementwise("norm", 4.0 * self._small, "norm", self._small)] if self.norms else []
         return (
             norm(self.hidden),
-            Product("qkv", 2 * inner, self.hidden, quantised=self.quantised),
+            Product("qkv", 2 * inner, self.hidden),
             Convolve(inner, self.kernel),
             Product("gates", self._small, inner),
             *norms,
             Product("gates", inner, self.rank),
             Recur("mamba1", inner, self.state, 1, 1, self.state_bytes),
-            Product("output", self.hidden, inner, quantised=self.output_quantised),
+            Product("output", self.hidden, inner),
         )
 
     def width(self, cut: Cut = WHOLE) -> int:

@@ -116,8 +116,9 @@ class MoeFfn(Ffn):
         columns = by_columns * ceil_div(ceil_div(self.expert_intermediate, cut.expert_columns), by_columns)
         hidden = by_hidden * ceil_div(self.expert_hidden, by_hidden)
         ups, form = 1 + self.gated, self.quantised
+        stored = 2 if cut.gate_room else ups
         found = [
-            Matrix("expert up", columns, hidden, form, "expert_columns", times=ups * held, used=ups * used),
+            Matrix("expert up", columns, hidden, form, "expert_columns", times=stored * held, used=ups * used),
             Matrix("expert down", hidden, columns, form, "expert_columns", inputs=True, times=held, used=used),
             Matrix("router", self.experts + self.shared_gate, self.hidden),
         ]

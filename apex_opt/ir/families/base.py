@@ -30,7 +30,8 @@ class Sizes(NamedTuple):
 class Layers(NamedTuple):
     """The layers of a model in order, and what it has before and after them; no layers where a field is at fault.
 
-    `longest` is the longest sequence where it is not the one that the file states.
+    `longest` is the longest sequence where it is not the one that the file states; so many blocks as `together` are one
+    layer of the checkpoint.
     """
 
     blocks: list[Block]
@@ -38,6 +39,7 @@ class Layers(NamedTuple):
     after: tuple[Matrix, ...] = ()
     tower: Tower | None = None
     longest: int | None = None
+    together: int = 1
 
 
 Reader = Callable[["Fields", Sizes], Layers]

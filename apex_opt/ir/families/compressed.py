@@ -105,8 +105,9 @@ def _compress_ratios(fields: Fields, layers: int) -> list[tuple[str, int]]:
     if odd:
         fields.fault("compress_ratios", f"may hold {', '.join(map(str, known))}, not {shown(odd[0])}")
         return []
-    # Lists go on with the layers of multi-token prediction.
-    if layers and len(rows) < layers:
+    # Lists may go on with the layers of multi-token prediction.
+    drafted = max(fields.count(key, 0, minimum=0) for key in ("num_nextn_predict_layers", "n_mtp_layers"))
+    if layers and not layers <= len(rows) <= layers + drafted:
         fields.fault("compress_ratios", f"has {len(rows)} entries for {fields.name('num_hidden_layers')} {layers}")
         return []
     return [(known[row], row) for row in rows[:layers]]

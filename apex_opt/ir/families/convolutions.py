@@ -98,8 +98,6 @@ _MODULES: Final = module_names(
     output=("self_attn.out_proj",),
     dense=within("feed_forward", ("w1", "w3", "w2")),
     experts=within("feed_forward.experts.0", ("w1", "w3", "w2")),
-    state_in=("conv.in_proj",),
-    state_out=("conv.out_proj",),
 )
 
 FAMILIES: Final[dict[str, Family]] = {

@@ -115,7 +115,7 @@ class Decoder:
         sparse : list of bool or None    which layers are mixtures of experts; None leaves it to the usual fields
         """
         if sparse is not None:
-            fields.idle(*_FREQUENCIES)
+            fields.idle(*(_FREQUENCIES if self.experts_field else ()))
         else:
             sparse = sparse_layers(fields, size.layers) if self.experts_field else [False] * size.layers
         dense_ffn = moe_ffn = None
@@ -202,7 +202,8 @@ def latent_fields(fields: Fields) -> dict[str, Any]:
     """Arguments of `LatentAttention` that all layers share."""
     if fields.flag("attention_bias"):
         fields.fault("attention_bias", "true is not supported with latent attention")
-    fields.idle("num_key_value_heads", "head_dim", "qk_head_dim")  # of the heads that a latent vector unfolds to
+    fields.idle("num_key_value_heads", "qk_head_dim")  # of the heads that a latent vector unfolds to
+    fields.count("head_dim", default=0, minimum=0)
     return {
         "query_heads": fields.count("num_attention_heads"),
         "q_lora_rank": None if fields.get("q_lora_rank") is None else fields.count("q_lora_rank"),

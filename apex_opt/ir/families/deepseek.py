@@ -71,11 +71,13 @@ def _longcat(fields: Fields, size: Sizes) -> Layers:
     chosen, routed = fields.count("num_experts_per_tok"), fields.count("n_routed_experts")
     idle = fields.count("zero_expert_num", default=0, minimum=0)
     mean = ceil_div(chosen * routed, max(routed + idle, 1))
+    width = fields.count("intermediate_size")
     found = _LONGCAT(fields.replaced({"num_experts_per_tok": mean or 1}), size)
     if fields.faults:
         return Layers([])
-    dense = DenseFfn(hidden=size.hidden, intermediate=fields.count("intermediate_size"))
-    return found._replace(blocks=[half for block in found.blocks for half in (replace(block, ffn=dense), block)])
+    dense = DenseFfn(hidden=size.hidden, intermediate=width)
+    halves = [half for block in found.blocks for half in (replace(block, ffn=dense), block)]
+    return found._replace(blocks=halves, together=2)
 
 
 FAMILIES: Final[dict[str, Family]] = {

@@ -61,7 +61,7 @@ def _modernbert(fields: Fields, size: Sizes) -> Layers:
     heads: dict[str, Any] = head_fields(fields, size.hidden)
     every = fields.count("global_attn_every_n_layers", default=3)
     kinds = ["sliding_attention" if layer % (every or 1) else "full_attention" for layer in range(size.layers)]
-    told = fields.filled({"layer_types": kinds, "sliding_window": fields.get("local_attention", 128)})
+    told = fields.filled({"layer_types": kinds, "sliding_window": fields.count("local_attention", default=128)})
     windows = window_of_layers(told, size.layers, "always")
     inner = fields.count("intermediate_size")
     # Of a head that engines leave out, and names of what the class has always.

@@ -71,6 +71,7 @@ def _t5(fields: Fields, size: Sizes) -> Layers:
     inner, layers = fields.count("intermediate_size"), size.layers
     buckets = fields.count("relative_attention_num_buckets", default=32)
     gated = fields.text("feed_forward_proj").startswith("gated-")
+    refuse(fields, "feed_forward_proj", "relu", "gelu", "gated-gelu", "gated-silu", "gated-relu")
     if fields.faults:
         return Layers([])
     shape: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, within
 from apex_opt.ir.families.decoder import Decoder
 from apex_opt.ir.families.deepseek import LATENT_MODULES
-from apex_opt.ir.families.states import refuse
+from apex_opt.ir.families.states import agreeing, refuse
 
 if TYPE_CHECKING:
     from typing import Any
@@ -46,15 +46,19 @@ def _dbrx(fields: Fields, size: Sizes) -> Layers:
             inner |= {usual: section.count(own) for own, usual in keys.items()}
     if len(inner) < 4:
         return Layers([])
-    return Decoder(experts_field="num_experts", expert_width_field="intermediate_size")(fields.filled(inner), size)
+    return Decoder(experts_field="num_experts", expert_width_field="intermediate_size")(
+        agreeing(fields, inner, "attn_config or ffn_config"), size
+    )
 
 
-def _first(fields: Fields, *names: str) -> dict[str, Any]:
+def _first(fields: Fields, layers: int, *names: str) -> dict[str, Any]:
     """The entries that all layers share of fields that may be lists of one for each layer."""
     found = {}
     for name in names:
         value = fields.get(name)
         if isinstance(value, list) and value:
+            if layers and len(value) != layers:
+                fields.fault(name, f"has {len(value)} entries for num_hidden_layers {layers}")
             if any(entry != value[0] for entry in value):
                 fields.fault(name, "has entries that differ, which is not supported")
             found[name] = value[0]
@@ -67,14 +71,15 @@ _TOWER: Final = ("num_media_embeds", "anyres_pooling_size", "max_image_size", "o
 
 def _hunyuan(fields: Fields, size: Sizes) -> Layers:
     """Hunyuan, some fields of which list an entry for each layer."""
-    fields = fields.filled({"head_dim": fields.get("attention_head_dim")})
+    if fields.get("head_dim") is None:
+        fields = fields.spelled({"head_dim": "attention_head_dim"})
+    refuse(fields, "attention_head_dim", fields.get("head_dim"))
     refuse(fields, "norm_type", "rms")
     fields.idle("cla_share_factor", *_TOWER)
     if fields.flag("use_cla"):
         fields.fault("use_cla", "true is not supported: layers that share their keys and values")
-    alike = _first(
-        fields, "num_experts", "moe_topk", "num_experts_per_tok", "moe_intermediate_size", "num_shared_expert"
-    )
+    names = ("num_experts", "moe_topk", "num_experts_per_tok", "moe_intermediate_size", "num_shared_expert")
+    alike = _first(fields, size.layers, *names)
     fields = fields.replaced(alike)
     if not fields.flag("use_mixed_mlp_moe"):
         fields = fields.replaced({"num_shared_expert": 0})

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from apex_opt.ir.checks import shown
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names
 from apex_opt.ir.families.decoder import Decoder
-from apex_opt.ir.families.states import refuse
+from apex_opt.ir.families.states import agreeing, refuse
 
 if TYPE_CHECKING:
     from apex_opt.ir.fields import Fields
@@ -55,9 +56,7 @@ def _opt(fields: Fields, size: Sizes) -> Layers:
 def _falcon(fields: Fields, size: Sizes) -> Layers:
     """Falcon, whose newer make has two norms side by side, one for attention and one for the FFN."""
     newer, parallel = fields.flag("new_decoder_architecture"), fields.flag("parallel_attn", default=True)
-    kv_heads = 1 if fields.flag("multi_query", default=True) and not newer else None
-    if kv_heads is None:
-        kv_heads = fields.get("num_kv_heads")
+    one = fields.flag("multi_query", default=True) and not newer
     norms = fields.count("num_ln_in_parallel_attn", default=2) if newer else 2 - parallel
     bias = fields.flag("bias")
     fields.idle("num_kv_heads")  # where there is one for all
@@ -72,7 +71,10 @@ def _falcon(fields: Fields, size: Sizes) -> Layers:
         parallel=parallel or newer,
         rotary=not fields.flag("alibi"),
     )
-    return reader(fields.filled({"num_key_value_heads": kv_heads}), size)
+    heads = (
+        fields.filled({"num_key_value_heads": 1}) if one else fields.spelled({"num_key_value_heads": "num_kv_heads"})
+    )
+    return reader(heads, size)
 
 
 def _starcoder2(fields: Fields, size: Sizes) -> Layers:
@@ -92,11 +94,13 @@ def _mpt(fields: Fields, size: Sizes) -> Layers:
     }
     kind = attention.get("attn_type", "multihead_attention") if attention else "multihead_attention"
     if attention is not None and (not isinstance(kind, str) or kind not in kinds):
-        attention.fault("attn_type", f"may be {', '.join(kinds)}, not {kind!r:.40}")
+        attention.fault("attn_type", f"may be {', '.join(kinds)}, not {shown(kind)}")
         return Layers([])
     ratio = fields.count("expansion_ratio", default=4)
     bias = not fields.flag("no_bias", default=True)
-    fields.idle("embedding_fraction", "norm_type", "learned_pos_emb", "verbose")
+    refuse(fields, "norm_type", "low_precision_layernorm", "layernorm")
+    learned = fields.flag("learned_pos_emb", default=True)
+    fields.idle("embedding_fraction", "verbose")
     if attention is not None:
         # What its class inherits is not its own.
         attention.idle("alibi_bias_max", "attn_impl", "clip_qkv", "softmax_scale", "tie_word_embeddings")
@@ -112,9 +116,9 @@ def _mpt(fields: Fields, size: Sizes) -> Layers:
         qk_norm=qk_norm,
         qk_norm_whole=qk_norm,
         rotary=False,
-        positions=0 if not alibi and fields.flag("learned_pos_emb", default=True) else None,
+        positions=0 if not alibi and learned else None,
     )
-    return reader(fields.filled({"num_key_value_heads": kinds.get(kind)}), size)
+    return reader(agreeing(fields, {"num_key_value_heads": kinds.get(kind)}, "attn_config"), size)
 
 
 FAMILIES: Final[dict[str, Family]] = {

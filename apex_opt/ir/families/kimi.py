@@ -74,6 +74,9 @@ def _linear_layers(fields: Fields, linear: Fields, layers: int) -> list[bool]:
             if fault := count_fault(f"{linear.name(key)} entry", layer, 1, max(layers, 1)):
                 fields.faults.append(fault)
                 return []
+            if layer - 1 in kinds:
+                linear.fault(key, f"lists layer {layer}, which is listed already")
+                return []
             kinds[layer - 1] = is_linear
     missing = [layer for layer in range(layers) if layer not in kinds]
     if missing:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from apex_opt.ir.cells import Attention, GatedAttention
-from apex_opt.ir.checks import count_fault
+from apex_opt.ir.checks import count_fault, shown
 from apex_opt.ir.families.base import Family, Layers, module_names, sizes, within
 from apex_opt.ir.families.decoder import Decoder, head_fields, sparse_layers, window_of_layers
 from apex_opt.ir.families.listed import kinds_of
@@ -137,8 +137,10 @@ def _afmoe(fields: Fields, size: Sizes) -> Layers:
 def _exaone_moe(fields: Fields, size: Sizes) -> Layers:
     """K-EXAONE, whose published file lists by another name which layers have experts."""
     listed = fields.rows("is_moe_layer")
-    if listed is not None:
-        fields = fields.filled({"mlp_layer_types": ["sparse" if each is True else "dense" for each in listed]})
+    if odd := [each for each in listed or () if not isinstance(each, bool)]:
+        fields.fault("is_moe_layer", f"may hold true and false, not {shown(odd[0])}")
+    elif listed is not None:
+        fields = fields.filled({"mlp_layer_types": ["sparse" if each else "dense" for each in listed]})
     return _EXAONE_MOE(fields, size)
 
 

@@ -39,7 +39,9 @@ _OF_CELLS: Final = (
 
 def _kinds(fields: Fields, layers: int) -> list[str]:
     """What each layer is: a list in newer files, a text of one letter per layer in older ones; empty at a fault."""
-    pattern = fields.text("hybrid_override_pattern")
+    faults, pattern = len(fields.faults), fields.text("hybrid_override_pattern")
+    if len(fields.faults) > faults:
+        return []
     named = "layers_block_type" if fields.get("layers_block_type") is not None else "layer_types"
     key = "hybrid_override_pattern" if pattern else named
     kinds = [_LETTERS.get(letter, letter) for letter in pattern] if pattern else fields.rows(key) or []
@@ -100,7 +102,7 @@ def _mamba(fields: Fields, hidden: int) -> Mamba2 | None:
 def read_hybrid(fields: Fields, size: Sizes) -> Layers:
     """Layers of one cell behind one norm: Mamba2, attention without positions, an FFN or experts without gates."""
     if fields.get("head_dim") is None and fields.get("attention_head_dim") is not None:
-        fields = fields.replaced({"head_dim": fields.get("attention_head_dim")})
+        fields = fields.spelled({"head_dim": "attention_head_dim"})
     kinds = _kinds(fields, size.layers)
     refuse(fields, "mlp_hidden_act", "relu2")
     # Of cells that the model may lack, and the width of an SSM that its heads tell.

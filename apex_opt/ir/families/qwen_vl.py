@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.ir.cells import MoeFfn, TwinMoeFfn
+from apex_opt.ir.checks import count_fault
 from apex_opt.ir.families import dense, experts, llama, qwen
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, sizes
 from apex_opt.ir.families.decoder import Decoder
@@ -24,7 +25,7 @@ def _twins(fields: Fields, size: Sizes) -> Layers:
     widths = fields.rows("moe_intermediate_size")
     if widths is None:
         widths = [1536, 512]
-    if len(widths) != 2 or any(type(width) is not int or width < 1 for width in widths):
+    if len(widths) != 2 or any(count_fault("width", width) for width in widths):
         fields.fault("moe_intermediate_size", "must list the columns of an expert for text and of one for images")
         return Layers([])
     alike: dict[str, object] = {"moe_intermediate_size": widths[0]}

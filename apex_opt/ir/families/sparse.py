@@ -91,8 +91,9 @@ def _minimax_m3(fields: Fields, size: Sizes) -> Layers:
         fields.fault("qk_norm_type", f"must be per_head, not {shown(kind)}")
     norm = fields.flag("use_qk_norm", default=True)
     refuse(fields, "use_routing_bias", True)
-    # Of shared experts the width of all is read, of experts that of any; leading dense layers are listed as such.
-    fields.idle("use_gemma_norm", "n_shared_experts", "moe_intermediate_size", "first_k_dense_replace")
+    refuse(fields, "n_shared_experts", 1)  # whose width is told
+    # Of experts the width of any is read; leading dense layers are listed as such.
+    fields.idle("use_gemma_norm", "moe_intermediate_size", "first_k_dense_replace")
     fields.idle("dense_intermediate_size")
     sparse, indexer = _block_indexer(fields, size, heads["kv_heads"])
     mixtures = kinds_of(fields, "mlp_layer_types", size.layers, {"dense": False, "sparse": True})

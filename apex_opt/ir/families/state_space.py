@@ -192,11 +192,9 @@ _MIXER: Final = module_names(state_in=("mixer.in_proj",), state_out=("mixer.out_
 
 FAMILIES: Final[dict[str, Family]] = {
     "mamba2": Family(architecture="Mamba2ForCausalLM", read=read_mamba2, modules=_MIXER, implied=_NO_POSITIONS),
-    "mamba": Family(
-        architecture="MambaForCausalLM", read=read_mamba1, modules=_MIXER, implied=_NO_POSITIONS, tied=True
-    ),
+    "mamba": Family(architecture="MambaForCausalLM", read=read_mamba1, modules={}, implied=_NO_POSITIONS, tied=True),
     "falcon_mamba": Family(
-        architecture="FalconMambaForCausalLM", read=read_mamba1, modules=_MIXER, implied=_NO_POSITIONS, tied=True
+        architecture="FalconMambaForCausalLM", read=read_mamba1, modules={}, implied=_NO_POSITIONS, tied=True
     ),
     "granitemoehybrid": Family(
         architecture="GraniteMoeHybridForCausalLM",
@@ -215,8 +213,6 @@ FAMILIES: Final[dict[str, Family]] = {
         modules=module_names(
             dense=within("feed_forward"),
             experts=within("feed_forward.experts.0"),
-            state_in=("mamba.in_proj",),
-            state_out=("mamba.out_proj",),
         ),
     ),
 }

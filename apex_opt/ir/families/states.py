@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.ir.checks import shown
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from apex_opt.ir.fields import Fields
 
 _STATE_BYTES: Final = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -32,6 +34,22 @@ def state_bytes(fields: Fields, key: str, default: str = "auto") -> int:
         fields.fault(key, f"must be one of {', '.join(_STATE_BYTES)}, not {shown(told)}")
         return _STATE_BYTES[default]
     return _STATE_BYTES[told]
+
+
+def agreeing(fields: Fields, inner: Mapping[str, Any], section: str) -> Fields:
+    """The fields, filled with those of an object within them; both may state a field, and then alike.
+
+    Parameters
+    ----------
+    fields
+    inner : mapping    what the object has, by the usual names
+    section : str      where that lies
+    """
+    for key, value in inner.items():
+        told = fields.get(key)
+        if None not in (told, value) and told != value:
+            fields.fault(key, f"is {shown(told)}, and {section} has {shown(value)}")
+    return fields.filled(inner)
 
 
 def refuse(fields: Fields, key: str, *known: object) -> None:

@@ -10,6 +10,7 @@ from apex_opt.ir.checks import count_fault, shown
 from apex_opt.ir.families.base import Family, Layers, module_names, sizes, within
 from apex_opt.ir.families.decoder import Decoder, head_fields, window_of_layers
 from apex_opt.ir.families.listed import flags_of, kinds_of
+from apex_opt.ir.families.states import refuse
 from apex_opt.ir.model import MAX_LAYERS, Block
 
 if TYPE_CHECKING:
@@ -262,7 +263,9 @@ def _cohere(fields: Fields, size: Sizes) -> Layers:
     second = fields.text("model_type") == "cohere2"
     heads = head_fields(fields, size.hidden)
     bias = fields.flag("attention_bias")
-    norm = fields.flag("use_qk_norm") and not second
+    norm = fields.flag("use_qk_norm")
+    if second:
+        refuse(fields, "use_qk_norm", False)
     windows = window_of_layers(fields, size.layers, "always", 4) if second else [None] * size.layers
     if second and not fields.states("sliding_window"):
         fields.fault("sliding_window", "is missing")
