@@ -149,6 +149,11 @@ def test_a_class_that_is_not_known_is_refused_though_its_type_is(model_type: str
     assert read(config | {"architectures": [shouted]}) == read(config)
 
 
+def test_a_class_that_engines_run_as_that_of_the_family_is_read() -> None:
+    config = case("chatglm3-6b")
+    assert read(config | {"architectures": ["ChatGLMForConditionalGeneration"]}) == read(config)
+
+
 def test_names_that_change_nothing_are_told_in_the_documents() -> None:
     page = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
     for kind in IDLE:

@@ -22,6 +22,8 @@ _CLASSES: Final = frozenset(
     )
 )
 """Classes of the families, as `_spelled_alike` has them."""
+_OTHER_CLASSES: Final = {"ChatGLMModel": "chatglmforconditionalgeneration"}
+"""Another class, so spelled, that engines run as that of a family: CodeGeeX2 has it."""
 
 _READ: Final = "docs/models.md lists those that are"
 _LONGEST_TYPE: Final = 60
@@ -124,7 +126,8 @@ def class_fits(architectures: Any, family: Family) -> bool:
         return True
     own = _spelled_alike(family.architecture)
     return any(
-        _spelled_alike(entry) == own or ("CausalLM" in entry and _spelled_alike(entry) in _CLASSES)
+        _spelled_alike(entry) in (own, _OTHER_CLASSES.get(family.architecture))
+        or ("CausalLM" in entry and _spelled_alike(entry) in _CLASSES)
         for entry in architectures
     )
 
