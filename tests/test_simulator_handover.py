@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from handover_cases import Pair, by_instance, compare, pairs
-from hypothesis import Phase, find, given, settings
+from hypothesis import Phase, assume, find, given, settings
 from hypothesis import strategies as st
 from simulator_cases import IMPLEMENTATIONS, REPLAYED, assert_same, linear, moved, requests
 
@@ -504,6 +504,24 @@ def test_blocks_that_are_held_are_all_that_slows_prompts_down(costed: Pair, bloc
     late = outcome.prefilled_ns - apart.finish_ns
     assert (late >= 0).all()
     assert late.any() == (blocks is not None)
+
+
+@settings(max_examples=80)
+@given(pairs())
+def test_with_a_free_way_and_endless_memory_a_pair_is_its_two_runs_apart(pair: Pair) -> None:
+    """The prompts alone on their pool; and the answers, where prompts come at those times to instances of no time."""
+    n = len(pair.trace)
+    prefill, decode = (replace(pool, blocks=65 * (n + 1)) for pool in (pair.prefill, pair.decode))
+    both = Pair(prefill=prefill, decode=decode, handover=Handover(), trace=pair.trace).run("kernel")
+    prompts = run_deployment([prefill], prompts_only(pair.trace), implementation="reference")
+    assert np.array_equal(both.prefilled_ns, prompts.finish_ns)
+    coming, order = pair.trace.arriving(prompts.finish_ns)
+    assume((np.diff(coming.arrival_ns) > 0).all())  # else who is handed over first depends on the instances
+    at_once = replace(prefill.settings, async_scheduling=False)
+    feeding = replace(prefill, settings=at_once, laws=(linear(at_once, 0),), replicas=n)
+    answers = Pair(prefill=feeding, decode=decode, handover=Handover(), trace=coming).run("reference")
+    for name in ("first_token_ns", "finish_ns", "decode", "read_blocks"):
+        assert np.array_equal(getattr(both, name)[order], getattr(answers, name)), name
 
 
 # One request, by hand.
