@@ -406,7 +406,9 @@ def test_the_kernel_equals_the_reference_before_sglang(seeds: range) -> None:
         if run.trace.concurrency is not None:
             continue
         pool = EnginePool(settings=run.settings, blocks=run.blocks, laws=run.laws, replicas=2 + seed % 2)
-        routing = rules[seed % 4]
+        routing, page, piece = rules[seed % 4], run.settings.block_size, run.trace.content_tokens
+        if routing in ("dynamo", "llm_d") and piece and page % piece and piece % page:
+            continue  # what is in a page is not known
         assert engines.routes([pool], shares([pool], run.trace, [routing]))
         assert_same(
             *(
