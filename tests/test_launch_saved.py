@@ -330,6 +330,10 @@ def test_a_plan_that_nothing_starts_writes_nothing(tmp_path: Path) -> None:
     [
         (("plan", "--overlap=nano_batches"), "vLLM 0.20 does not run overlap=nano_batches"),
         (("simulate", "--plan=tp8 overlap=nano_batches"), "vLLM 0.20 does not run overlap=nano_batches"),
+        (
+            ("plan", "--engine=sglang", "--model=mixtral-8x22b", "--overlap=two_batches"),
+            "SGLang 0.5 does not run overlap=two_batches of mixtral models",
+        ),
         (("plan", "--serving=shared"), "vLLM 0.20 does not compute prompts and answers side by side"),
     ],
 )

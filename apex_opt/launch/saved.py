@@ -18,9 +18,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.engines import ANY, load_kind
-from apex_opt.engines.overlap import NANO
+from apex_opt.engines.overlap import NANO, TWO
 from apex_opt.errors import InputError
 from apex_opt.files import expanded, reason, there
+from apex_opt.ir import load_model
 from apex_opt.launch.commands import CHECKPOINT, HEAD, NGINX
 from apex_opt.outputs import check_folder, fresh_folder
 
@@ -83,10 +84,14 @@ def check_started(path: Path, ask: Any) -> None:
         return  # plans are then those that can be started
     rules, plan = load_kind(ask.engine).rules, str(getattr(ask, "plan", "")).lower()
     named = re.findall(r"\boverlap=(\w+)", plan) or [name.strip() for name in ask.overlap.split(",")]
-    if set(named) == {NANO}:
+    refused: dict[str, str] = {}
+    if NANO in named:
+        refused[NANO] = f"{rules.release} does not run overlap={NANO}"
+    if TWO in named and rules.overlaps is not None and (model := load_model(ask.model)).family not in rules.overlaps:
+        refused[TWO] = f"{rules.release} does not run overlap={TWO} of {model.family or model.name} models"
+    if set(named) == set(refused):
         raise InputError(
-            f"--save {path}: nothing would start it: {rules.release} does not run overlap={NANO}; leave --save out, or "
-            "choose another overlap"
+            f"--save {path}: nothing would start it: {refused[named[0]]}; leave --save out, or choose another overlap"
         )
     shared = "share=" in plan or ask.serving.strip() == "shared"
     if shared and not rules.multiplexes:
