@@ -24,6 +24,7 @@ from apex_opt.cluster.types import Link
 from apex_opt.engines.handover import HandoverTimes
 from apex_opt.engines.schedulers import SglangScheduling, VllmScheduling
 from apex_opt.figures import parse_goals
+from apex_opt.ir import LatentAttention
 from apex_opt.plans.deployment import Deployment, Pool
 from apex_opt.plans.memory import stage_memory
 from apex_opt.plans.plan import parse_plan
@@ -54,7 +55,9 @@ def pairs_of(problem: Problem) -> Iterator[Deployment]:
     """Every pair of pools that fits, where all GPUs of a type are in one node."""
     names = problem.types if problem.mixed else (None,)
     free = [offer.free for offer in problem.offers]
-    heads = [block.attention.kv_heads for block in problem.model.blocks if hasattr(block.attention, "kv_heads")]
+    # A latent cache is whole on every rank.
+    cells = [block.attention for block in problem.model.blocks if not isinstance(block.attention, LatentAttention)]
+    heads = [cell.kv_heads for cell in cells]
     for one, other in product(range(len(names)), repeat=2):
         for first, second in product(plans_of(problem, "prefill", one), plans_of(problem, "decode", other)):
             tp, of = first.attention.tp, second.attention.tp

@@ -256,8 +256,8 @@ def run_disaggregated(
         return instances.run(prefill, decode, handover, trace, (first, then), log=log, gaps=gaps, stops=stops)
     from apex_opt.simulator.pack import disaggregated, pushing
 
-    run = pushing.run if pushed else disaggregated.run
-    return run(prefill, decode, handover, trace, before, log=log, gaps=gaps, stops=stops, floors=floors)
+    given = disaggregated.Asked(prefill, decode, handover, trace, before).ending(stops, floors)
+    return (pushing.run if pushed else disaggregated.run)(given, log=log, gaps=gaps)
 
 
 def run_phases(

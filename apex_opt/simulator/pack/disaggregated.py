@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -34,36 +34,42 @@ if TYPE_CHECKING:
     I64 = NDArray[np.int64]
 
 
-def run(
-    prefill: EnginePool,
-    decode: EnginePool,
-    handover: Handover,
-    trace: Trace,
-    sides: tuple[Share, Share],
-    *,
-    log: bool,
-    gaps: bool,
-    stops: Sequence[Stop] = (),
-    floors: Outcome | None = None,
-) -> DisaggregatedOutcome:
-    """Run a trace through the kernel; see `apex_opt.simulator.api.run_disaggregated` for the parameters.
+class Asked(NamedTuple):
+    """What a run in which prompts are handed over is made of.
 
     Parameters
     ----------
-    prefill, decode, handover, trace
+    prefill, decode, handover, trace : as of `apex_opt.simulator.api.run_disaggregated`
     sides : how requests are dealt to the instances of either side
+    limits : limits whose passing ends the run, and times of prompts and answers that none can beat
+    """
+
+    prefill: EnginePool
+    decode: EnginePool
+    handover: Handover
+    trace: Trace
+    sides: tuple[Share, Share]
+    limits: tuple[Sequence[Stop], Outcome | None] = ((), None)
+
+    def ending(self, stops: Sequence[Stop], floors: Outcome | None) -> Asked:
+        """The same, which ends once a limit is passed; `floors` are times that no request can beat."""
+        return self._replace(limits=(stops, None if floors is None else _behind(floors)))
+
+
+def run(asked: Asked, *, log: bool, gaps: bool) -> DisaggregatedOutcome:
+    """Run a trace through the kernel.
+
+    Parameters
+    ----------
+    asked : Asked
     log : bool     whether every batch is told
     gaps : bool    whether the times between tokens are told
-    stops, floors : limits whose passing ends the run, and times that no request can beat
     """
-    limits = stops, None if floors is None else behind(floors)
-    given = prefill, decode, handover, trace, sides, limits
-    if Apart.takes(prefill, decode, trace, sides):
-        apart = served(partial(Apart, *given), logged=log or gaps)
+    if Apart.takes(asked):
+        apart = served(partial(Apart, asked), logged=log or gaps)
         if apart.never_full():
             return apart.outcome(log=log, gaps=gaps)
-    together = served(partial(Together, *given), logged=log or gaps)
-    return together.outcome(log=log, gaps=gaps)
+    return served(partial(Together, asked), logged=log or gaps).outcome(log=log, gaps=gaps)
 
 
 @lru_cache(maxsize=4)
@@ -94,7 +100,7 @@ def _twice(trace: Trace) -> Trace:
     )
 
 
-def behind(floors: Outcome) -> Outcome:
+def _behind(floors: Outcome) -> Outcome:
     """Times that no answer can beat, behind those of prompts, which have no limits."""
     arrival = floors.arrival_ns
     return replace(
@@ -110,23 +116,13 @@ class Instances(Memory):
 
     Parameters
     ----------
-    prefill, decode, handover, trace : as of `run`
-    limits : limits whose passing ends the run, and times that no request can beat
+    asked : Asked
     room : Room or None                of a log
     shares, more : as of `Memory`
     """
 
-    def __init__(
-        self,
-        prefill: EnginePool,
-        decode: EnginePool,
-        handover: Handover,
-        trace: Trace,
-        limits: tuple[Sequence[Stop], Outcome | None],
-        room: Room | None,
-        shares: Sequence[Share] = (),
-        **more: Any,
-    ) -> None:
+    def __init__(self, asked: Asked, room: Room | None, shares: Sequence[Share] = (), **more: Any) -> None:
+        prefill, decode, handover, trace, _, limits = asked
         n = len(trace)
         super().__init__([prefill, decode], _twice(trace), shares, *limits, room, **more)
         self.run.control[kn.HANDED] = n
@@ -183,22 +179,13 @@ class Instances(Memory):
 class Together(Instances):
     """Instances that act one after the other, as each is due."""
 
-    def __init__(
-        self,
-        prefill: EnginePool,
-        decode: EnginePool,
-        handover: Handover,
-        trace: Trace,
-        sides: tuple[Share, Share],
-        limits: tuple[Sequence[Stop], Outcome | None],
-        room: Room | None,
-        **more: Any,
-    ) -> None:
+    def __init__(self, asked: Asked, room: Room | None, **more: Any) -> None:
+        prefill, decode, _, trace, sides, _ = asked
         n = len(trace)
         closed = trace.concurrency is not None
         in_turn = not closed and all(share.places is None and not share.routed for share in sides)
         holding = [ceil_div(n, pool.replicas) if in_turn else n for pool in (prefill, decode)]
-        super().__init__(prefill, decode, handover, trace, limits, room, holding=holding, **more)
+        super().__init__(asked, room, holding=holding, **more)
         self._routers: kn.Routers | None = None
         if in_turn:
             self._deal(Share(0, min(prefill.replicas, n), np.arange(n), None, "round_robin", routed=False))
@@ -229,34 +216,20 @@ class Apart(Instances):
     """Prefill instances, then decode instances that are handed what these have computed.
 
     So they run where a prompt never has to wait for blocks that are held until others are read, which is seen once all
-    is done. Parameters are those of `Together`.
+    is done.
     """
 
-    def __init__(
-        self,
-        prefill: EnginePool,
-        decode: EnginePool,
-        handover: Handover,
-        trace: Trace,
-        sides: tuple[Share, Share],
-        limits: tuple[Sequence[Stop], Outcome | None],
-        room: Room | None,
-        **more: Any,
-    ) -> None:
-        self._sides = sides
-        beside = sides[1]._replace(routed=True)  # as decode instances advance together
-        super().__init__(prefill, decode, handover, trace, limits, room, [sides[0], beside], **more)
+    def __init__(self, asked: Asked, room: Room | None, **more: Any) -> None:
+        self._sides = asked.sides
+        beside = asked.sides[1]._replace(routed=True)  # as decode instances advance together
+        super().__init__(asked, room, [asked.sides[0], beside], **more)
 
     @staticmethod
-    def takes(prefill: EnginePool, decode: EnginePool, trace: Trace, sides: tuple[Share, Share]) -> bool:
-        """Whether it is known beforehand where requests go, and both sides run by the steady engine.
-
-        Parameters
-        ----------
-        prefill, decode, trace, sides : as of a run
-        """
-        dealt = trace.concurrency is None and not any(share.routed for share in sides)
-        return dealt and all(engine_of(pool.settings, len(pool.laws)) == "steady" for pool in (prefill, decode))
+    def takes(asked: Asked) -> bool:
+        """Whether it is known beforehand where requests go, and both sides run by the steady engine."""
+        dealt = asked.trace.concurrency is None and not any(share.routed for share in asked.sides)
+        pools = asked.prefill, asked.decode
+        return dealt and all(engine_of(pool.settings, len(pool.laws)) == "steady" for pool in pools)
 
     def serve(self) -> None:
         """Run the kernel, which begins with the prompts."""

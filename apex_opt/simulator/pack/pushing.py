@@ -12,75 +12,34 @@ from apex_opt.simulator.gaps import gaps_ns
 from apex_opt.simulator.kernel import entries
 from apex_opt.simulator.kernel import state as kn
 from apex_opt.simulator.kernel.sglang_state import STATED
-from apex_opt.simulator.pack.disaggregated import Instances, behind, places_of
+from apex_opt.simulator.pack.disaggregated import Instances, places_of
 from apex_opt.simulator.pack.log import tokens_of
 from apex_opt.simulator.pack.run import served
 from apex_opt.simulator.pack.sglang import SglangMemory
 from apex_opt.simulator.reference.pushing import FEW_SEATS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
-    from apex_opt.figures.stops import Stop
-    from apex_opt.simulator.handover import Handover
-    from apex_opt.simulator.outcome import DisaggregatedOutcome, Outcome
+    from apex_opt.simulator.outcome import DisaggregatedOutcome
+    from apex_opt.simulator.pack.disaggregated import Asked
     from apex_opt.simulator.pack.memory import Room
-    from apex_opt.simulator.pools import EnginePool, Share
-    from apex_opt.workload.trace import Trace
 
     I64 = NDArray[np.int64]
 
 
-def run(
-    prefill: EnginePool,
-    decode: EnginePool,
-    handover: Handover,
-    trace: Trace,
-    sides: tuple[Share, Share],
-    *,
-    log: bool,
-    gaps: bool,
-    stops: Sequence[Stop] = (),
-    floors: Outcome | None = None,
-) -> DisaggregatedOutcome:
-    """Run a trace through the kernel; see `apex_opt.simulator.api.run_disaggregated` for the parameters.
-
-    Parameters
-    ----------
-    prefill, decode, handover, trace
-    sides : how requests are dealt to the instances of either side, beforehand
-    log : bool     whether every batch is told
-    gaps : bool    whether the times between tokens are told
-    stops, floors : limits whose passing ends the run, and times that no request can beat
-    """
-    limits = stops, None if floors is None else behind(floors)
-    build = partial(_Pushing, prefill, decode, handover, trace, sides, limits)
-    return served(build, logged=log or gaps).outcome(log=log, gaps=gaps)
+def run(asked: Asked, *, log: bool, gaps: bool) -> DisaggregatedOutcome:
+    """Run a trace through the kernel; parameters are those of `pack.disaggregated.run`."""
+    return served(partial(_Pushing, asked), logged=log or gaps).outcome(log=log, gaps=gaps)
 
 
 class _Pushing(Instances, SglangMemory):
-    """The arrays of a run in which prefill instances send what they compute.
+    """The arrays of a run in which prefill instances send what they compute."""
 
-    Parameters
-    ----------
-    prefill, decode, handover, trace, sides, limits, room, more : as of `pack.disaggregated.Together`
-    """
-
-    def __init__(
-        self,
-        prefill: EnginePool,
-        decode: EnginePool,
-        handover: Handover,
-        trace: Trace,
-        sides: tuple[Share, Share],
-        limits: tuple[Sequence[Stop], Outcome | None],
-        room: Room | None,
-        **more: Any,
-    ) -> None:
+    def __init__(self, asked: Asked, room: Room | None, **more: Any) -> None:
+        _, decode, _, trace, sides, _ = asked
         beside = [share._replace(routed=True) for share in sides]  # as they advance together
-        super().__init__(prefill, decode, handover, trace, limits, room, beside, content=None, **more)
+        super().__init__(asked, room, beside, content=None, **more)
         self._links.facts[[kn.RESERVED, kn.FEW_SEATS]] = RESERVED, FEW_SEATS
         instances = self._links.instances.reshape(-1, kn.INSTANCE_SIZE)
         instances[:, [kn.FRESH, kn.FIRST_WAITING, kn.LAST_WAITING]] = kn.NONE
