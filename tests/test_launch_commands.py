@@ -132,6 +132,9 @@ def test_the_layers_of_stages_are_told_where_they_differ(engine: str, name: str)
     assert dict(command.env)[name] == "27,27,26"
     (command,) = emitted(engine, DENSE, "pp2 tp2", 1, 4).commands
     assert name not in dict(command.env)
+    # Of LongCat-Flash two of our layers are one of the engine's.
+    (command,) = emitted(engine, replace(load_model(DENSE), together=2), "pp2[42,38] tp2", 1, 4).commands
+    assert dict(command.env)[name] == "21,19"
 
 
 @pytest.mark.parametrize("engine", sorted(ENGINES))

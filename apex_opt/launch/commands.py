@@ -120,6 +120,11 @@ class Asked:
         return replace(settings, max_model_len=max(min(settings.max_model_len, held), 2))
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of each stage as the engine counts them, of which several of ours may be one."""
+        return tuple(count // self.problem.model.together for count in self.plan.layers)
+
+    @property
     def half(self) -> str:
         """The 16-bit type of what is not quantised."""
         named, gpu = self.plan.weight_format, self.problem.cluster.gpu

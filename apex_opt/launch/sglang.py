@@ -88,8 +88,8 @@ class Sglang:
         parts = hosts(ranks, sizes)
         for rank, (host, port) in enumerate(zip(parts, ports(parts, place), strict=True)):
             env = [host.visible]
-            if len(set(plan.layers)) > 1:  # SGLang gives what does not divide evenly to the last stages
-                env.append(("SGLANG_PP_LAYER_PARTITION", ",".join(map(str, plan.layers))))
+            if len(set(asked.layers)) > 1:  # SGLang gives what does not divide evenly to the last stages
+                env.append(("SGLANG_PP_LAYER_PARTITION", ",".join(map(str, asked.layers))))
             if plan.overlap is not None and (seats := _dispatched(asked)) > _ROOM:
                 env.append((_DISPATCHED, str(seats)))
             more = self._joined(parts, rank, place) if len(parts) > 1 else []

@@ -123,8 +123,8 @@ class Trtllm:
             found["batch_wait_max_tokens_ratio"] = own.batch_wait_max_tokens_ratio
         if plan.speculation is not None:
             found["speculative_config"] = self._drafting(plan.speculation, asked.draft_checkpoint)
-        if len(set(plan.layers)) > 1:
-            found["pp_partition"] = list(plan.layers)
+        if len(set(asked.layers)) > 1:
+            found["pp_partition"] = list(asked.layers)
         return found
 
     def _drafting(self, drafter: Drafter, checkpoint: str) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Vllm:
         ranks, copies = replica.by_copy(asked.plan.attention.dp), asked.plan.attention.dp
         copy = len(ranks) // copies
         parts = hosts(ranks, (n for n in divisors(len(ranks)) if copy % n == 0 or n % copy == 0))
-        layers = asked.plan.layers
+        layers = asked.layers
         for rank, (host, port) in enumerate(zip(parts, ports(parts, place), strict=True)):
             env = [host.visible]
             if len(set(layers)) > 1:  # vLLM gives what does not divide evenly to other stages
