@@ -210,6 +210,8 @@ class EnergyAsk(PlanAsk):
     Parameters
     ----------
     clock : {clocks}
+    max_num_seqs : Sequences running at once in one replica, of which the best number is found; plans name theirs, as in
+        seqs=64, also where it is the one that the engine has by itself (1024 of vllm).
     latency : Latency whose best plan, at the highest clock, is shown beside: {latencies}.
     """
 
