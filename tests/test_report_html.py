@@ -96,7 +96,7 @@ def test_a_page_is_one_small_file_that_tells_what_the_text_tells(
         "capacity": "The plan found is attn(tp1) ffn(tp1) bf16, on 1 GPU. It sustains ",
         "place": "dp2 attn(tp2) ffn(tp2) bf16 is placed on 4 GPUs of server-8xl40s; no placement is better. The ",
         "infeasible": "There is no answer (infeasible): ",
-        "clusters": "Status: ok.",
+        "clusters": f"{len(apex_opt.clusters().document.clusters)} clusters can be named as --cluster.",
     }
     for name, beginning in beginnings.items():
         found = re.search('<p class="lead">(.*?)</p>', pages[name].read_text())

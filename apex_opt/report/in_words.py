@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from apex_opt.schema import Document
 
 _CHANGES = 3
+_LISTED = {"models": "model", "clusters": "cluster", "traces": "trace"}
 
 
 def in_words(document: Document) -> Iterator[str]:
-    """An answer in sentences, by what its document has; nothing of one that only lists.
+    """An answer in sentences, by what its document has; of one that lists what can be named how many.
 
     Parameters
     ----------
@@ -36,6 +37,8 @@ def in_words(document: Document) -> Iterator[str]:
         yield from _placed(document)
     elif isinstance(document.get("best"), dict):
         yield from _best(document)
+    elif (listed := next((name for name in _LISTED if name in document), None)) is not None:
+        yield f"{count(len(document[listed]), _LISTED[listed])} can be named as --{_LISTED[listed]}."
 
 
 def _best(document: Document) -> Iterator[str]:
