@@ -372,7 +372,6 @@ def test_windows_and_experts_that_change_at_different_layers_make_more_runs() ->
         ("mixtral", "MixtralForCausalLM", {"sliding_window": 128}, 128),
         ("qwen2", "Qwen2ForCausalLM", {"sliding_window": 128, "use_sliding_window": False}, None),
         ("qwen2", "Qwen2ForCausalLM", {"sliding_window": 128}, None),
-        ("llama", "LlamaForCausalLM", {"sliding_window": 128}, None),
     ],
 )
 def test_a_bare_window_counts_where_the_family_has_one(

@@ -113,9 +113,18 @@ def test_what_a_family_has_always_or_never_is_not_told_otherwise(
     model_type: str, fields: dict[str, object], said: str
 ) -> None:
     config = case("llama-3.1-8b") | {"model_type": model_type, "architectures": [FAMILIES[model_type].architecture]}
-    read(config | dict.fromkeys(fields) | {"sliding_window": 64})
+    read(config | dict.fromkeys(fields) | ({"sliding_window": 64} if model_type != "stablelm" else {}))
     with pytest.raises(InputError, match=said):
         read(config | fields)
+
+
+def test_a_window_of_a_family_without_any_is_refused_where_it_would_hide_tokens() -> None:
+    # vLLM 0.20.2 starts Llama 3.1 8B with a window of 1,024 in 8.6 GiB of cache for 131,072 tokens, and not without.
+    config = case("llama-3.1-8b")
+    with pytest.raises(InputError, match="sliding_window 1024 is not supported in this family"):
+        read(config | {"sliding_window": 1024})
+    for harmless in ({"sliding_window": 131_072}, {"sliding_window": 1024, "use_sliding_window": False}):
+        assert read(config | harmless) == read(config)
 
 
 def test_a_decoder_of_paligemma_is_read_with_what_it_says_of_images() -> None:

@@ -52,7 +52,7 @@ class Decoder:
     rotary: bool = True
     embedding_norm: bool = False
     head_bias: bool | None = False
-    window: Literal["never", "always", "opt-in"] = "never"
+    window: Literal["never", "always", "opt-in", "unused"] = "never"
     window_pattern: int = 0
     kv_heads: int | None = None
     experts_field: str = ""
@@ -238,7 +238,7 @@ def layer_kinds(fields: Fields, layers: int, known: tuple[str, ...], field: str 
 
 
 def window_of_layers(
-    fields: Fields, layers: int, used_by: Literal["never", "always", "opt-in"], every: int = 0
+    fields: Fields, layers: int, used_by: Literal["never", "always", "opt-in", "unused"], every: int = 0
 ) -> list[int | None]:
     """Attention window of every layer, None for full attention.
 
@@ -246,7 +246,8 @@ def window_of_layers(
     ----------
     fields
     layers : int        that the model has
-    used_by : str       whether the family has windows where the file gives one: always, or only if it says so
+    used_by : str       whether the family has windows where the file gives one: always, only if it says so, or never,
+                        when a window is refused or, "unused", left out
     every : int         every so manieth layer sees all where the file does not say; 0: none
     """
     window = fields.count("sliding_window", default=0, minimum=0)
@@ -256,6 +257,11 @@ def window_of_layers(
     used = fields.flag("use_sliding_window", default=spelled_out or used_by == "always")
     full_layers = fields.count("max_window_layers", default=_QWEN_FULL_LAYERS if used_by == "opt-in" else 0, minimum=0)
     faulty = not window and bool(fields.get("sliding_window"))
+    longest = fields.get("max_position_embeddings")
+    within = not isinstance(longest, int) or window < longest
+    if window and within and used_by == "never" and not used and fields.get("use_sliding_window") is None:
+        text = "is not supported in this family: its class has no windows, and vLLM gives it one; give null"
+        fields.fault("sliding_window", f"{window} {text}")
     if not used:
         window = 0
     if kinds is not None:

@@ -6,6 +6,7 @@ xverse) the fields are those of the classes that come with the checkpoints, as v
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.ir.families.base import Family, Layers, Sizes, module_names, sizes, within
@@ -108,7 +109,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "orion": Family(architecture="OrionForCausalLM", read=Decoder(norm_bias=True), modules=module_names()),
     "solar": Family(
         architecture="SolarForCausalLM",
-        read=_TOLD,
+        read=replace(_TOLD, window="unused"),
         modules=module_names(),
         idle=("bskcn_1", "bskcn_2", "bskcn_3", "bskcn_4", "bskcn_tv"),  # layers whose outputs are added once more
     ),
