@@ -35,8 +35,8 @@ from apex_opt.serving import (
 )
 from apex_opt.sharing import about_others, about_shares, fitted, shares_of
 from apex_opt.workload import Trace, frame_trace, load_trace
+from apex_opt.workload.columns import MAX_REQUESTS
 from apex_opt.workload.steady import at_rate, loops_of
-from apex_opt.workload.trace import MAX_REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

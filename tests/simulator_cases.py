@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from apex_opt.plans.routing import Routing
     from apex_opt.simulator.api import Implementation
-    from apex_opt.workload.trace import Ints
+    from apex_opt.workload.columns import Ints
 
 Loop = Literal[
     "synchronous",

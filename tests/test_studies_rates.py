@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apex_opt.studies.rates import FASTEST_PER_S, SLOWEST_PER_S, Grid, highest_step
-from apex_opt.workload.trace import MAX_ARRIVAL_NS
+from apex_opt.workload.columns import MAX_ARRIVAL_NS
 
 
 @given(low=st.integers(-400, 0), high=st.integers(0, 400), place=st.floats(0, 1), last=st.integers(-450, 450))

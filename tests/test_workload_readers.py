@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from apex_opt import units
 from apex_opt.errors import InputError, UnknownNameError, UsageError
 from apex_opt.workload import describe_trace, list_traces, load_trace, make_trace, trace_jsonl
-from apex_opt.workload.trace import MAX_ARRIVAL_NS
+from apex_opt.workload.columns import MAX_ARRIVAL_NS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces"
 in_tmp = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from apex_opt.errors import InputError, UsageError
 from apex_opt.workload import Trace, make_trace
+from apex_opt.workload.columns import MAX_ARRIVAL_NS, MAX_TOKENS
 from apex_opt.workload.steady import at_rate
-from apex_opt.workload.trace import MAX_ARRIVAL_NS, MAX_TOKENS
 
 
 def trace(**changes: Any) -> Trace:

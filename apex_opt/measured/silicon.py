@@ -24,7 +24,8 @@ from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import MeasuredRun, UnusableRun
 from apex_opt.plans.acceptance import speculations
 from apex_opt.plans.speculation import Drafter
-from apex_opt.workload.trace import MAX_TOKENS, make_trace
+from apex_opt.workload.columns import MAX_TOKENS
+from apex_opt.workload.trace import make_trace
 
 if TYPE_CHECKING:
     from pathlib import Path

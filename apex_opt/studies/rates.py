@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from apex_opt.units import NS_PER_S
-from apex_opt.workload.trace import MAX_ARRIVAL_NS
+from apex_opt.workload.columns import MAX_ARRIVAL_NS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -39,8 +39,8 @@ from apex_opt.search.incumbent import FREE
 from apex_opt.search.scorer import Scorer
 from apex_opt.simulator.transient import Transient, warm_up
 from apex_opt.units import NS_PER_S
+from apex_opt.workload.columns import MAX_REQUESTS
 from apex_opt.workload.steady import another, at_rate, loops_of
-from apex_opt.workload.trace import MAX_REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,7 @@ import numpy as np
 
 from apex_opt.errors import InputError, join_faults
 from apex_opt.units import NS_PER_MS, NS_PER_S, NS_PER_US
-from apex_opt.workload.trace import MAX_ARRIVAL_NS, MAX_TOKENS, Ints, range_fault
+from apex_opt.workload.columns import MAX_ARRIVAL_NS, MAX_TOKENS, Ints, range_fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

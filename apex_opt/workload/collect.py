@@ -20,20 +20,10 @@ from apex_opt.workload.cells import (
     times_ns,
     token_counts,
 )
+from apex_opt.workload.columns import MAX_ARRIVAL_NS, MAX_TOKENS, Ints, range_fault
 from apex_opt.workload.contents import COLUMN, Contents
 from apex_opt.workload.layouts.rows import plain
-from apex_opt.workload.trace import (
-    MAX_ARRIVAL_NS,
-    MAX_TOKENS,
-    PRIORITIES,
-    RECORDED,
-    UNKNOWN,
-    Ints,
-    Trace,
-    make_trace,
-    media_of,
-    range_fault,
-)
+from apex_opt.workload.trace import PRIORITIES, RECORDED, UNKNOWN, Trace, make_trace, media_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.workload.cells import cell_text, digits, is_blank
-from apex_opt.workload.trace import Ints, Trace, gathered
+from apex_opt.workload.trace import Trace, gathered
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from apex_opt.workload.columns import Ints
 
 COLUMN: Final = "hash_ids"
 

@@ -11,17 +11,8 @@ import numpy.typing as npt
 
 from apex_opt.errors import UnknownNameError, UsageError, shown
 from apex_opt.units import NS_PER_MS, NS_PER_S
-from apex_opt.workload.trace import (
-    MAX_ARRIVAL_NS,
-    MAX_REQUESTS,
-    MAX_TOKENS,
-    RECORDED,
-    Arrivals,
-    Ints,
-    Trace,
-    make_trace,
-    media_of,
-)
+from apex_opt.workload.columns import MAX_ARRIVAL_NS, MAX_REQUESTS, MAX_TOKENS, Ints
+from apex_opt.workload.trace import RECORDED, Arrivals, Trace, make_trace, media_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

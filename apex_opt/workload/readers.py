@@ -18,18 +18,12 @@ from apex_opt.files import expanded, read_text, there
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.cells import Faults, token_counts
 from apex_opt.workload.collect import Collector
+from apex_opt.workload.columns import MAX_REQUESTS
 from apex_opt.workload.generators import EXAMPLES, describe_trace
 from apex_opt.workload.layouts import ACCEPTED, layout_of, result_reader
 from apex_opt.workload.layouts.results import Sent, drawn_ns
 from apex_opt.workload.tables import table_of
-from apex_opt.workload.trace import (
-    MAX_REQUESTS,
-    RECORDED,
-    UNKNOWN,
-    Arrivals,
-    Trace,
-    make_trace,
-)
+from apex_opt.workload.trace import RECORDED, UNKNOWN, Arrivals, Trace, make_trace
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,8 +16,9 @@ import numpy as np
 
 from apex_opt.errors import UsageError
 from apex_opt.units import NS_PER_S
+from apex_opt.workload.columns import MAX_ARRIVAL_NS, MAX_REQUESTS
 from apex_opt.workload.generators import describe_trace
-from apex_opt.workload.trace import MAX_ARRIVAL_NS, MAX_REQUESTS, RECORDED
+from apex_opt.workload.trace import RECORDED
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from apex_opt.errors import InputError
 from apex_opt.files import MOST_VALUES, parse_json
 from apex_opt.workload.cells import ABSENT, Faults, cell_text
+from apex_opt.workload.columns import MAX_REQUESTS
 from apex_opt.workload.layouts import nesting_of, result_reader
-from apex_opt.workload.trace import MAX_REQUESTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

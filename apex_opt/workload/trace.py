@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from apex_opt.errors import InputError, UsageError, join_faults, shown
 from apex_opt.units import NS_PER_S
+from apex_opt.workload.columns import (
+    LABELS,
+    MAX_ARRIVAL_NS,
+    MAX_PAUSE_NS,
+    MAX_REQUESTS,
+    MAX_TOKENS,
+    Ints,
+    check_count,
+    check_layout,
+    check_pieces,
+    check_sizes,
+    row_faults,
+    to_int64,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Ints: TypeAlias = npt.NDArray[np.int64]
-
 PRIORITIES: Final = ("normal", "high")
-MAX_REQUESTS: Final = 5_000_000
-MAX_TOKENS: Final = 10_000_000
-MAX_PAUSE_NS: Final = 3600 * NS_PER_S
-MAX_ARRIVAL_NS: Final = 1 << 61
-"""About 73 years. The rest of int64 is left to the simulated clock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,15 +133,15 @@ class Trace:
         columns = [self.arrival_ns, self.prompt, self.output]
         if self.max_new_tokens is not None:
             columns.append(self.max_new_tokens)
-        for label, column in zip(_LABELS, columns, strict=False):
-            _check_layout(f"trace {self.name}", label, column)
-        _check_sizes(self.name, columns)
-        if faults := _row_faults(columns):
+        for label, column in zip(LABELS, columns, strict=False):
+            check_layout(f"trace {self.name}", label, column)
+        check_sizes(self.name, columns)
+        if faults := row_faults(columns):
             raise join_faults(f"trace {self.name}", faults)
         self._check_content()
         for label, its in (("session", self.session), ("priority", self.priority), ("delay_ns", self.delay_ns)):
             if its is not None:
-                _check_layout(f"trace {self.name}", label, its)
+                check_layout(f"trace {self.name}", label, its)
                 if its.size != len(self):
                     raise InputError(f"trace {self.name}: {its.size} {label} values for {len(self)} requests")
         if self.priority is not None and not np.isin(self.priority, range(len(PRIORITIES))).all():
@@ -149,7 +156,7 @@ class Trace:
                 f"trace {self.name}: a pause of {self.pause_ns} ns is not from 0 to {MAX_PAUSE_NS} in a closed loop"
             )
         if self.concurrency is not None:
-            _check_count("concurrency", self.concurrency, MAX_REQUESTS, f"trace {self.name}")
+            check_count("concurrency", self.concurrency, MAX_REQUESTS, f"trace {self.name}")
             if self.arrival_ns.any():
                 raise InputError(f"trace {self.name}: a closed loop has arrival times of 0; use make_trace")
 
@@ -197,14 +204,14 @@ class Trace:
             if ids is not None or starts is not None or self.content_tokens != 0:
                 raise InputError(f"{where}: content, content_starts and content_tokens go together; use make_trace")
             return
-        _check_count("content_tokens", self.content_tokens, MAX_TOKENS, where)
+        check_count("content_tokens", self.content_tokens, MAX_TOKENS, where)
         for label, column in (("content", ids), ("content_starts", starts)):
-            _check_layout(where, label, column)
+            check_layout(where, label, column)
         if starts.size != len(self) + 1 or starts[0] != 0 or starts[-1] != ids.size:
             raise InputError(
                 f"{where}: content_starts must lead from 0 to {ids.size} over all requests; use make_trace"
             )
-        _check_counts(where, np.diff(starts), self.prompt, self.content_tokens)
+        check_pieces(where, np.diff(starts), self.prompt, self.content_tokens)
 
     @property
     def timed(self) -> bool:
@@ -462,10 +469,10 @@ def make_trace(
     InputError                     as `Trace`; also fractions, NaN, bool and numbers outside int64, with their rows
     """
     given = (arrival_ns, prompt, output, *(() if max_new_tokens is None else (max_new_tokens,)))
-    columns = [_to_int64(name, label, values) for label, values in zip(_LABELS, given, strict=False)]
-    _check_sizes(name, columns)
+    columns = [to_int64(name, label, values) for label, values in zip(LABELS, given, strict=False)]
+    check_sizes(name, columns)
     # Before sorting, so that rows are counted as they were given.
-    if faults := _row_faults(columns):
+    if faults := row_faults(columns):
         raise join_faults(f"trace {name}", faults)
     pieces = _content(name, content, columns[1], content_tokens) if content is not None else None
     if concurrency is not None:
@@ -474,7 +481,7 @@ def make_trace(
     frozen = [np.ascontiguousarray(column[order]) for column in columns]
     beside: list[Ints | None] = []
     for label, values in (("session", session), ("priority", priority), ("delay_ns", delay_ns)):
-        found = None if values is None else _to_int64(name, label, values)
+        found = None if values is None else to_int64(name, label, values)
         if found is not None and found.shape != order.shape:
             raise InputError(f"trace {name}: {found.size} {label} values for {order.size} requests")
         beside.append(None if found is None else np.ascontiguousarray(found[order]))
@@ -523,103 +530,9 @@ def media_of(prompt: Ints, image_tokens: Ints, audio_s: float) -> Media:
 
 def _content(name: str, content: Sequence[Sequence[int] | npt.NDArray[Any]], prompt: Ints, tokens: int) -> list[Ints]:
     """Content ids of every request."""
-    _check_count("content_tokens", tokens, MAX_TOKENS, f"trace {name}")
+    check_count("content_tokens", tokens, MAX_TOKENS, f"trace {name}")
     if not hasattr(content, "__len__") or len(content) != prompt.size:
         raise InputError(f"trace {name}: content must be a list of ids for each of {prompt.size} requests")
-    columns = [_to_int64(f"{name}, content of row {i}", "id", ids, "piece") for i, ids in enumerate(content, 1)]
-    _check_counts(f"trace {name}", np.array([column.size for column in columns]), prompt, tokens)
+    columns = [to_int64(f"{name}, content of row {i}", "id", ids, "piece") for i, ids in enumerate(content, 1)]
+    check_pieces(f"trace {name}", np.array([column.size for column in columns]), prompt, tokens)
     return columns
-
-
-def _check_counts(where: str, counts: Ints, prompt: Ints, tokens: int) -> None:
-    """A content id for every piece of every prompt."""
-    wrong = np.flatnonzero(counts != -(-prompt // tokens))
-    if wrong.size:
-        raise join_faults(
-            where,
-            [
-                f"row {row + 1}: {counts[row]} content ids for a prompt of {prompt[row]} tokens; give one per {tokens}"
-                for row in wrong
-            ],
-        )
-
-
-_LABELS = ("arrival_ns", "prompt", "output", "max_new_tokens")
-LIMITS: Final = ((0, MAX_ARRIVAL_NS), (1, MAX_TOKENS), (1, MAX_TOKENS), (1, MAX_TOKENS))
-"""Least and most value of arrival (ns), prompt, output and the stated most of it (tokens)."""
-
-
-def range_fault(label: str, value: object, low: int, high: int) -> str:
-    """One value out of range, in words.
-
-    Parameters
-    ----------
-    label : str       opens every message
-    value : object    that was given
-    low : int         least that is allowed
-    high : int        most that is allowed
-    """
-    advice = "; drop the request or count it as 1" if low == 1 and value in (0, "0") else ""
-    return f"{label} {value} is outside {low:,}..{high:,}{advice}"
-
-
-def beyond_stated(output: int, stated: int) -> str:
-    """An output of more tokens than the request says it takes, in words."""
-    return f"output {output} is above max_new_tokens {stated}; a request ends there"
-
-
-def _row_faults(columns: Sequence[Ints]) -> list[str]:
-    """Every value out of range, by row, counted from 1, and outputs of more than their client takes."""
-    faults: list[tuple[int, str]] = []
-    for label, column, (low, high) in zip(_LABELS, columns, LIMITS, strict=False):
-        bad = np.flatnonzero((column < low) | (column > high))
-        faults += [(int(row), range_fault(label, int(column[row]), low, high)) for row in bad]
-    if len(columns) > 3:
-        _, _, output, stated = columns
-        faults += [(int(row), beyond_stated(output[row], stated[row])) for row in np.flatnonzero(output > stated)]
-    return [f"row {row + 1}: {text}" for row, text in sorted(faults)]
-
-
-def _check_sizes(name: str, columns: Sequence[Ints]) -> None:
-    """All columns as long as each other, with something in them."""
-    sizes = [column.size for column in columns]
-    if len(set(sizes)) > 1:
-        pairs = ", ".join(f"{size} {label}" for label, size in zip(_LABELS, sizes, strict=False))
-        raise InputError(f"trace {name}: columns differ in length ({pairs}); give one value per request")
-    if not 1 <= sizes[0] <= MAX_REQUESTS:
-        raise InputError(f"trace {name}: {sizes[0]:,} requests; give 1 to {MAX_REQUESTS:,}")
-
-
-def _check_layout(where: str, label: str, column: object) -> None:
-    """What a compiled kernel relies on."""
-    if not isinstance(column, np.ndarray) or column.dtype != np.int64 or column.ndim != 1:
-        raise InputError(f"{where}: {label} must be a one-dimensional int64 array; use make_trace")
-    if not column.flags.c_contiguous or column.flags.writeable:
-        raise InputError(f"{where}: {label} must be contiguous and read-only; use make_trace")
-
-
-def _check_count(label: str, value: object, most: int, where: str) -> None:
-    """A whole number from 1 to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise InputError(f"{where}: {label} must be a whole number from 1 to {most:,}, got {shown(value)}")
-
-
-def _to_int64(name: str, label: str, values: Sequence[int] | npt.NDArray[Any], place: str = "row") -> Ints:
-    """A column as int64; anything that is not a whole number in range is named by its row, or what a place is."""
-    if isinstance(values, np.ndarray):
-        if values.ndim != 1:
-            raise InputError(f"trace {name}: {label} must have one dimension, got {values.ndim}")
-        if values.dtype.kind == "i":
-            return values.astype(np.int64)
-        values = values.tolist()
-    elif isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-        raise InputError(f"trace {name}: {label} must be a list of whole numbers, got {shown(values)}")
-    given = list(values)
-    faults = [
-        f"{place} {row}: {label} {shown(value)} is not a whole number below 2**63"
-        for row, value in enumerate(given, 1)
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not -(1 << 63) <= value < 1 << 63
-    ]
-    if faults:
-        raise join_faults(f"trace {name}", faults)
-    return np.array(given, dtype=np.int64)

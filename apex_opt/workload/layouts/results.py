@@ -11,7 +11,7 @@ import numpy as np
 
 from apex_opt.errors import InputError, shown
 from apex_opt.units import NS_PER_S
-from apex_opt.workload.trace import MAX_ARRIVAL_NS, MAX_REQUESTS, Ints
+from apex_opt.workload.columns import MAX_ARRIVAL_NS, MAX_REQUESTS, Ints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
