@@ -6,12 +6,13 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from apex_opt.arguments import Ask, Setup, SimulateAsk
+from apex_opt.drafting import speculation_of
 from apex_opt.engines import load_kind
 from apex_opt.errors import UsageError
 from apex_opt.measured.clients import Deployed
 from apex_opt.plans.deployment import parse_deployment
 from apex_opt.plans.plan import default_kv_format
-from apex_opt.resolve import about_blind, resolve, speculation_of
+from apex_opt.resolve import about_blind, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

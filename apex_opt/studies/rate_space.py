@@ -59,7 +59,16 @@ class Space:
         deployment: Deployment | None,
         tell: Progress,
     ) -> Space:
-        """The deployments of the problem, or the one asked about."""
+        """The deployments of the problem, or the one asked about.
+
+        Parameters
+        ----------
+        steady : Steady
+        scorer : Scorer                     at the rate at which what misses a goal by its bound is left out
+        formulation : Formulations
+        deployment : Deployment or None     the only one asked about
+        tell : callable                     told (what, done, total) along the way
+        """
         check_lengths(scorer.problem)
         if deployment is None:
             found = Candidates(steady.own, scorer, formulation, tell)
@@ -134,7 +143,13 @@ class Space:
             yield Queue(product.part, [replace(one.leaf, bound=unknown, closer=None) for one in able])
 
     def beyond(self, part: Part, gpus: int, most_gpus: int) -> int:
-        """Deployments of a part on more GPUs."""
+        """Deployments of a part on more GPUs.
+
+        Parameters
+        ----------
+        part : Part
+        gpus, most_gpus : int    more than so many, and up to so many
+        """
         for product in self.products:
             if product.part is part:
                 return product.completions(0, product.most_gpus) - product.completions(0, min(gpus, product.most_gpus))
@@ -169,7 +184,14 @@ class _Partly:
 
 
 def beside(product: Product, chosen: tuple[Rated, ...], admits: Callable[[Costs, Part], bool]) -> Branch:
-    """The options of the next pool beside those chosen; of the last pool those that may matter, the others counted."""
+    """The options of the next pool beside those chosen; of the last pool those that may matter, the others counted.
+
+    Parameters
+    ----------
+    product : Product
+    chosen : tuple of Rated    the pools so far
+    admits : callable          whether what has such a bound may matter
+    """
     options = list(product.options(chosen))
     if len(chosen) + 1 == product.pools:
         candidates = []
