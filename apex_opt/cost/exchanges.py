@@ -51,6 +51,7 @@ class Exchanged(NamedTuple):
 
 
 KEPT = 64
+_PLANS = 1 << 12
 """Results of each kind that are kept, up to a few MB each: a few dozen are alike among the plans of a model."""
 
 
@@ -67,6 +68,7 @@ class Exchanges:
         self.called: dict[str, str] = {}  # collectives asked for so far, and where their times come from
         # Templates share most of their operations. Per object: all of them live as long as a problem.
         self.link = lru_cache(maxsize=KEPT)(self._link)
+        self.within = lru_cache(maxsize=_PLANS)(self._within)
 
     def _link(self, time_s: Callable[..., Floats], bytes_per_token: float, ranks: int, spread: Spread) -> Work:
         """A collective of so many bytes per token, over what its ranks spread over."""
@@ -246,29 +248,42 @@ class Exchanges:
         ffn : Template          how the FFN is cut
         layout
         """
-        tokens, sequences = (schedulers * int(table[-1]) for table in (self.tables.tokens, self.tables.sequences))
-        seconds, sent = 0.0, dict.fromkeys(LEVELS, 0.0)
-        calls = [
-            (run.count, call.time_s, call.token_bytes * ceil_div(tokens, call.copies), call.ranks, call.stride)
-            for run in model.runs
-            for call in self.exchanges(run.block, attention, ffn)
-        ]
-        own = ceil_div(tokens, attention.dp), ceil_div(sequences, attention.dp)
-        calls.append((1, Collectives.all_reduce_s, 2.0 * model.hidden * own[0], attention.tp, 1))
-        calls.append((1, Collectives.all_gather_s, 2.0 * model.vocab * own[1], attention.tp, 1))
-        for count, time_s, size, ranks, stride in calls:
-            if crossed := layout.crossed(ranks, stride):
-                spread = layout.spread(ranks, stride)
-                over = self.collectives.over(spread.near, spread.far)
-                seconds += count * float(time_s(over, size, ranks=ranks, nodes=spread.nodes))
-                sent[crossed[-1].kind] += count * size
+        seconds, within = self.within(model, attention, ffn, layout.of_stage, schedulers)
+        sent = dict(within)
         _, over, link = self.between_stages(layout)
         if link is not None:
-            size = tokens * _transferred_bytes(model, attention)
+            size = schedulers * int(self.tables.tokens[-1]) * _transferred_bytes(model, attention)
             between = layout.tiers[-1].chunk // attention.devices - 1
             seconds += between * float(over.point_to_point_s(size, link))
             sent[layout.tiers[-1].kind] += between * size
         return Exchanged(seconds, tuple(sent[kind] for kind in reversed(LEVELS)))
+
+    def _within(
+        self, model: Model, attention: Template, ffn: Template, layout: Layout, schedulers: int
+    ) -> tuple[float, dict[str, float]]:
+        """The same within the stages, whose layout is given, with what is sent by level."""
+        tokens, sequences = (schedulers * int(table[-1]) for table in (self.tables.tokens, self.tables.sequences))
+        seconds, sent = 0.0, dict.fromkeys(LEVELS, 0.0)
+        of_block = {id(block): self.exchanges(block, attention, ffn) for block in model.blocks}
+        calls = [
+            (run.count, call.time_s, call.token_bytes * ceil_div(tokens, call.copies), call.ranks, call.stride)
+            for run in model.runs
+            for call in of_block[id(run.block)]
+        ]
+        own = ceil_div(tokens, attention.dp), ceil_div(sequences, attention.dp)
+        calls.append((1, Collectives.all_reduce_s, 2.0 * model.hidden * own[0], attention.tp, 1))
+        calls.append((1, Collectives.all_gather_s, 2.0 * model.vocab * own[1], attention.tp, 1))
+        took: dict[tuple[Any, ...], float] = {}  # layers alike exchange the same
+        for count, *call in calls:
+            time_s, size, ranks, stride = call
+            if crossed := layout.crossed(ranks, stride):
+                if (one := took.get(tuple(call))) is None:
+                    spread = layout.spread(ranks, stride)
+                    over = self.collectives.over(spread.near, spread.far)
+                    one = took[tuple(call)] = float(time_s(over, size, ranks=ranks, nodes=spread.nodes))
+                seconds += count * one
+                sent[crossed[-1].kind] += count * size
+        return seconds, sent
 
 
 def _transferred_bytes(model: Model, attention: Template) -> float:

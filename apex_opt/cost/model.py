@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apex_opt.cluster.tree import Tree
 from apex_opt.cost.least import Least
@@ -20,7 +20,7 @@ from apex_opt.profiles import SHIPPED
 from apex_opt.units import NS_PER_S
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from apex_opt.cluster.types import Cluster, Link
     from apex_opt.cost.engine import EngineOverhead
@@ -100,6 +100,7 @@ class CostModel:
         }
         self._stages: dict[tuple[str, int | None, EngineSettings, EngineOverhead], StageCosts] = {}
         self._ranks: dict[StageCosts, RankCosts] = {}
+        self._layers: dict[tuple[Any, ...], Least] = {}  # by cut and layout of a stage: any number of stages has them
         for name in self._clusters:
             self._of(name, clock_mhz, settings, overhead)
 
@@ -238,15 +239,20 @@ class CostModel:
         ------
         UsageError    a clock that the GPU does not have
         """
-        found = [
-            self.ranks_of(plan, gpu).least_parts(plan, layout)
-            if has_ranks(self.settings, plan)
-            else self.of(plan, gpu).least_parts(plan, layout, resource)
-            for (gpu, _, _), layout in zip(self.parts_of(plan), self.layouts_of(plan), strict=True)
+        types, layouts = self.parts_of(plan), tuple(layout.of_stage for layout in self.layouts_of(plan))
+        every: list[StageCosts | RankCosts] = [
+            self.ranks_of(plan, gpu) if has_ranks(self.settings, plan) else self.of(plan, gpu) for gpu, _, _ in types
         ]
-        # Pieces come in the same order on every type of GPU.
-        parts = found[0] if len(found) == 1 else (_least_of(same) for same in zip(*found, strict=True))
-        return _sum_of_least(parts, len(self.of(plan).tables.tokens))
+        key = plan.cut, layouts, resource
+        if key not in self._layers:
+            asked = () if resource is None else (resource,)
+            found = [costs.least_parts(plan, layout, *asked) for costs, layout in zip(every, layouts, strict=True)]
+            # Pieces come in the same order on every type of GPU.
+            parts = found[0] if len(found) == 1 else (_least_of(same) for same in zip(*found, strict=True))
+            self._layers[key] = Least.sum_of(list(parts))
+        stages = [costs.stage_least(plan) for costs in every]
+        stage = stages[0] if len(stages) == 1 else Least.of_any(stages)
+        return _sum_of_least(self._layers[key], plan.stages, stage, len(self.of(plan).tables.tokens))
 
     def on(self, plan: Plan) -> tuple[tuple[StageCosts, int], ...]:
         """The costs of whose GPUs a plan runs on, at their highest clock or the usual one, and how many of each."""
@@ -274,9 +280,17 @@ def _least_of(same: tuple[tuple[int, Least], ...]) -> tuple[int, Least]:
     return same[0][0], Least.of_any([part for _, part in same])
 
 
-def _sum_of_least(parts: Iterable[tuple[int, Least]], tokens: int) -> Least:
-    """What all pieces of a batch take at least, on tables of so many entries by tokens."""
-    total = Least.sum_of(list(parts))
+def _sum_of_least(layers: Least, stages: int, stage: Least, tokens: int) -> Least:
+    """What a batch takes at least on all stages, on tables of so many entries by tokens.
+
+    Parameters
+    ----------
+    layers : Least    of all layers
+    stages : int
+    stage : Least     what each stage adds
+    tokens : int
+    """
+    total = Least.sum_of([(1, layers), (stages, stage)])
     if tokens <= 2:  # no batch has room for a prompt of two tokens
         without = tuple((window, context, inf) for window, context, _ in total.seen)
         return replace(total, mixed=inf, mixed_share=inf, pair=inf, again=inf, mixed_joules=inf, seen=without)

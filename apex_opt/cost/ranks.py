@@ -76,19 +76,19 @@ class RankCosts:
         self, plan: Plan, layout: Layout, named: Named, first: bool, last: bool, overlapped: bool
     ) -> tuple[BatchLaw, SharedLaw, Pieces]:
         """One stage of a plan cut so, as `StageCosts` has it."""
-        costs, tables = self._costs, self._costs.tables
+        costs, tables, within = self._costs, self._costs.tables, layout.of_stage
         runs = costs.runs_of(named)
         captured, launched = costs.kernels(plan, runs)
         launched += costs.drafting(plan) if last else 0
-        own = list(costs.looked_up(plan, layout, runs, (first, last), costs.piece, self._own))
+        own = list(costs.looked_up(plan, within, runs, (first, last), costs.piece, self._own))
         seconds = costs.sum_of(own)
         together: list[tuple[int, Piece]] = []
         halves, more = None, Parts()
         if in_step(plan):
             for operations in self._operations(plan):
-                found = list(costs.looked_up(plan, layout, runs, (False, False), costs.piece, operations))
+                found = list(costs.looked_up(plan, within, runs, (False, False), costs.piece, operations))
                 if last and plan.speculation is not None:
-                    found.append((1, costs.piece(*costs.made_by_drafts(plan, layout, operations))))
+                    found.append((1, costs.piece(*costs.made_by_drafts(plan, within, operations))))
                 together += [(n, piece) for n, piece in found if piece.parts]
             shared = self._sum_of(together)
             # What a rank computes of a forward of so many tokens on average, which its launches may take longer than.
@@ -103,7 +103,7 @@ class RankCosts:
                 made = list(
                     costs.looked_up(
                         plan,
-                        layout,
+                        within,
                         runs,
                         (first, last),
                         lambda *what: (what[0] == computing.head, costs.piece(*what)),
@@ -233,7 +233,8 @@ class RankCosts:
 
         Parameters
         ----------
-        plan, layout
+        plan
+        layout : Layout    of a stage
         """
         costs, count = self._costs, plan.attention.dp
         # Sending may be hidden; a half is no cheaper than the share of its tokens in the least of any batch.
@@ -245,13 +246,16 @@ class RankCosts:
                 yield from costs.least_of(plan, layout, least, operations, ends=False)
                 if plan.speculation is not None:
                     yield 1, least(*costs.made_by_drafts(plan, layout, operations))
-        overhead = costs.overhead
-        step_s = overhead.blocking_step_s
-        if costs.settings.async_scheduling or plan.stages > 1:
-            step_s = overhead.step_s
-        yield plan.stages, Least.of_every(step_s, step_s + overhead.mixed_step_s)
         gaps = costs.kernels(plan, costs.model.runs)[0] * costs.operations.gap_s
         yield 1, Least.of_every(gaps, gaps)
+
+    def stage_least(self, plan: Plan) -> Least:
+        """What a forward takes at least on every stage of a plan beside its layers."""
+        overhead = self._costs.overhead
+        step_s = overhead.blocking_step_s
+        if self._costs.settings.async_scheduling or plan.stages > 1:
+            step_s = overhead.step_s
+        return Least.of_every(step_s, step_s + overhead.mixed_step_s)
 
 
 def _together(piece: Piece) -> Least:

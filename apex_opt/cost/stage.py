@@ -159,7 +159,7 @@ class StageCosts:
     ) -> tuple[BatchLaw, Pieces]:
         """One stage: its blocks, what surrounds them on the first and last, and the engine's own time."""
         runs, copies = self.runs_of(named), cut.attention.dp
-        pieces = list(self.looked_up(cut, layout, runs, (first, last), self.piece))
+        pieces = list(self.looked_up(cut, layout.of_stage, runs, (first, last), self.piece))
         seconds = self.sum_of(pieces)
         captured, launched = self.kernels(cut, runs)
         launched += self.drafting(cut) if last else 0
@@ -302,22 +302,27 @@ class StageCosts:
         return operations.drafts, self.model, cut.speculation, cut.attention, cut.ffn, formats, layout
 
     def least_parts(self, plan: Plan, layout: Layout, resource: str | None = None) -> Iterator[tuple[int, Least]]:
-        """What a batch takes at least, piece by piece, each so many times: in the same order on every kind of GPU.
+        """What a batch takes at least on any number of stages, piece by piece, each so many times.
+
+        They come in the same order on every kind of GPU. What each stage adds is `stage_least`.
 
         Parameters
         ----------
-        plan, layout
+        plan
+        layout : Layout           of a stage
         resource : str or None    what is asked of it alone; None: of all
         """
         least: Callable[..., Least] = self._least_of
         if resource is not None:
             least = partial(self._least_asked, resource, self.rates(plan.weight_format))
         yield from self.least_of(plan, layout, least)
-        overlapped = self.settings.async_scheduling or plan.stages > 1
         kernels, _ = self.kernels(plan, self._alike)
-        yield plan.stages, self._engine_least(overlapped)
         gaps = 0.0 if self.cluster.gpu.overlapped_launch else kernels * self.overhead.gap_s
         yield 1, Least.of_every(gaps, gaps)
+
+    def stage_least(self, plan: Plan) -> Least:
+        """What a batch takes at least on every stage of a plan beside its layers."""
+        return self._engine_least(self.settings.async_scheduling or plan.stages > 1)
 
     def least_of(
         self,

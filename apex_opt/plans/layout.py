@@ -8,6 +8,7 @@ inside one domain of a kind, and what links the chunks have between them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -74,10 +75,26 @@ class Layout:
         return Spread(nodes, slowest(near), slowest(far))
 
     @property
+    def of_stage(self) -> Layout:
+        """That of one stage, by which collectives cross as much: those of a stage are of ranks that divide it."""
+        return _of_stage(self)
+
+    @property
     def stage_link(self) -> tuple[Link | None, bool]:
         """Link between consecutive stages where it is slowest, None for one stage; whether it leads out of a node."""
         tiers = [tier for tier in self.tiers if tier.chunk > self.stage_devices]
         return slowest([tier.link for tier in tiers]), any(tier.far for tier in tiers)
+
+
+@lru_cache(maxsize=1 << 12)
+def _of_stage(layout: Layout) -> Layout:
+    """The tiers up to that which holds a stage whole, and of this what a stage has of it."""
+    ranks, tiers = layout.stage_devices, list[Tier]()
+    for tier in layout.tiers if ranks > 1 else ():
+        tiers.append(tier._replace(chunk=min(tier.chunk, ranks)))
+        if tier.chunk >= ranks:
+            break
+    return Layout(stage_devices=ranks, tiers=tuple(tiers))
 
 
 def slowest(links: Sequence[Link]) -> Link | None:
