@@ -18,6 +18,8 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import numpy as np
+
 from apex_opt.engines.schedulers import VllmScheduling
 from apex_opt.errors import InputError
 from apex_opt.ir.cells import Cut, State
@@ -28,6 +30,8 @@ from apex_opt.units import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from apex_opt.ir.cells import AttentionCell
     from apex_opt.ir.model import Model
@@ -67,10 +71,27 @@ class Allotment:
     _states: tuple[int, int] = field(init=False, repr=False, compare=False)
     """Bytes of all states of a sequence, and most of one layer."""
 
+    _places: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    """`before`, and `states_before` in the last row."""
+
     def __post_init__(self) -> None:
+        rows = (*self.before, self.states_before or (0,) * len(self.before[0]))
+        object.__setattr__(self, "_places", np.array(rows, np.int64))
         for name, rows in (("_blocks", self.before), ("_states", (self.states_before or (0,),))):
             steps = (later - now for row in rows for now, later in pairwise(row))
             object.__setattr__(self, name, (max(row[-1] for row in rows), max(steps, default=0)))
+
+    def stages_bytes(self, ends: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Bytes of a block and of the states of a sequence, as the two below, between each of these layers and the next.
+
+        Parameters
+        ----------
+        ends : sequence of int    rising
+        """
+        places = np.diff(self._places[:, ends], axis=1)
+        blocks: list[int] = (places[:-1].max(axis=0) * self.page_bytes).tolist()
+        states: list[int] = places[-1].tolist()
+        return blocks, states
 
     def block_bytes(self, first: int, last: int) -> int:
         """Bytes of a block on a device that holds the layers from the `first` to before the `last`."""
@@ -109,13 +130,18 @@ def allotted(model: Model, plan: Plan, settings: EngineSettings) -> Allotment:
     model, plan
     settings : EngineSettings    of the plan or of all
     """
-    own = any("own pool" in run.block.attention.traits for run in model.runs)
-    grouped = isinstance(settings.scheduler, VllmScheduling) and not own
+    grouped = isinstance(settings.scheduler, VllmScheduling) and not _of_own_pool(model)
     terms = Terms(
         grouped, settings.block_size, settings.max_model_len, settings.prefix_caching, settings.role is not None
     )
     drafter = plan.speculation if plan.stages == 1 else None  # nothing makes drafts for a pipeline
     return _allotted(model, drafter, plan.attention.tp, plan.kv_format, terms)
+
+
+@lru_cache(maxsize=32)
+def _of_own_pool(model: Model) -> bool:
+    """Whether some layers have a pool of their own kind."""
+    return any("own pool" in block.attention.traits for block in model.blocks)
 
 
 @lru_cache(maxsize=1 << 12)

@@ -264,24 +264,24 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
     ends = list(accumulate(plan.layers, initial=0))
     if plan.stages == 1:
         ends[-1] = allotment.layers  # and of what makes drafts
+    blocks = {id(run.block): run.block for runs in parts for run in runs}
+    of_block = {key: block_shard_bytes(block, plan, held) + 2 * block.own_parameters for key, block in blocks.items()}
     # Stages of as many of the same blocks are alike; blocks are told apart by identity, which is quicker.
     alike = [
         (
             tuple((id(run.block), run.count) for run in runs),
             index == 0,
             index == len(parts) - 1,
-            allotment.block_bytes(*ends[index : index + 2]),
-            seats * allotment.state_bytes(*ends[index : index + 2]),
+            block_bytes,
+            seats * state_bytes,
         )
-        for index, runs in enumerate(parts)
+        for index, (runs, block_bytes, state_bytes) in enumerate(zip(parts, *allotment.stages_bytes(ends), strict=True))
     ]
     for key, runs in zip(alike, parts, strict=True):
         if key in found:
             continue
         _, first, last, block_bytes, states = key
-        weights = sum(
-            run.count * (block_shard_bytes(run.block, plan, held) + 2 * run.block.own_parameters) for run in runs
-        )
+        weights = sum(run.count * of_block[id(run.block)] for run in runs)
         copies = vocab_copies(model, held, first, last)
         beside = first * model.before_bytes(plan.attention.tp) + last * 2 * model.after_parameters
         weights += copies * vocab_shard + beside + held.table_bytes

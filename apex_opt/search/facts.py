@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from apex_opt.cost.least import Least
     from apex_opt.figures import Goal, Objective
     from apex_opt.placement import Layouts
+    from apex_opt.plans.engine import EngineSettings
     from apex_opt.plans.plan import Plan
     from apex_opt.search.ledger import Costs
     from apex_opt.search.problem import Problem
@@ -78,6 +79,7 @@ class Facts:
         self._alone: dict[tuple[Any, ...], Run] = {}
         self._loads: dict[tuple[Any, ...], tuple[float, Load | None]] = {}
         self._crowdings: dict[tuple[Any, ...], Crowding] = {}
+        self._settings: dict[tuple[Any, ...], EngineSettings] = {}
         self._memory: dict[tuple[Any, ...], tuple[StageMemory, ...]] = {}
         self._sure: dict[tuple[Any, ...], int] = {}
         instance = problem.instance()
@@ -113,6 +115,13 @@ class Facts:
             found = {name: stage_memory(problem.model, gpus[name], plan, settings) for name in set(names)}
             self._memory[key] = tuple(found[name][stage] for stage, name in enumerate(names))
         return self._memory[key]
+
+    def settings_for(self, plan: Plan) -> EngineSettings:
+        """Engine settings of each scheduler of a plan (`Problem.settings_for`)."""
+        key = plan.cut, plan.stages == 1
+        if key not in self._settings:
+            self._settings[key] = self.problem.settings_for(plan)
+        return self._settings[key]
 
     def blocks(self, plan: Plan) -> int:
         """KV blocks of a replica."""
@@ -224,7 +233,7 @@ class Facts:
         side = self.side(plan)  # whether anybody gives way depends on how many requests a replica has
         key = plan.cut, plan.stages, layout, overtaking, side
         if key not in self._alone:
-            settings = problem.settings_for(plan)
+            settings = self.settings_for(plan)
             floors = [self.mean(plan)] * plan.stages
             first, rest = isolated(settings, floors, problem.trace, overtaking=overtaking)
             first, rest = side.firsts(first), side.laters(rest)
@@ -263,7 +272,7 @@ class Facts:
         plan : Plan
         whole : StageFloor    of operations one after the other
         """
-        settings, trace = self.problem.settings_for(plan), self.problem.trace
+        settings, trace = self.settings_for(plan), self.problem.trace
         each = [StageFloor.mean(self.costs.least(plan, name), plan.stages, 1) for name in RESOURCES]
         return max(
             (StageFloor.of_any([whole, one]) for one in each),
@@ -293,7 +302,7 @@ class Facts:
         side = self.side(plan)
         key = plan.cut, plan.layers, layout, overtaking, side
         if key not in self._loads:
-            settings = problem.settings_for(plan)
+            settings = self.settings_for(plan)
             allotment = allotted(problem.model, plan, settings)
             block_bytes = allotment.block_bytes(0, allotment.layers)
             blocks = most_blocks(self.memory(plan), block_bytes) * plan.attention.dp
@@ -327,14 +336,14 @@ class Facts:
             caps = None
             if overtaking:
                 alone = self.alone(plan, movable=alike.movable, calm=True)
-                filling = fewest_to_fill(problem.settings_for(plan), blocks, problem.trace)
+                filling = fewest_to_fill(self.settings_for(plan), blocks, problem.trace)
                 dealt = problem.routing_of(plan) == "round_robin" and problem.rescheduling is None
                 caps = np.array([shared_ns(problem.trace, filling, n, dealt=dealt) for n in alike.replicas])
             count = schedulers(problem.settings, plan)
             batches = Batches.of(self.least_cost(plan), plan.stages, count=count, in_step=count > 1 and in_step(plan))
             of = alone.first_ns[0], alone.rest_ns[0]
             counts = np.array(alike.replicas, np.int64)
-            engine = problem.settings_for(plan), batches, self.mean(plan), plan.stages, problem.trace
+            engine = self.settings_for(plan), batches, self.mean(plan), plan.stages, problem.trace
             self._crowdings[key] = Crowding.of(*engine, of, counts, caps)
         return self._crowdings[key]
 
@@ -349,21 +358,21 @@ class Facts:
             elif movable:
                 # The split sought is no heavier than the even one, where that one fits.
                 fits = blocks >= self._needed(plan)
-                settings = problem.settings_for(plan)
+                settings = self.settings_for(plan)
                 blocks = least_blocks(problem.model, plan, memory, settings, self._held) if fits else 0
             self._sure[key] = blocks * plan.attention.dp // schedulers(problem.settings, plan)
         return self._sure[key]
 
     def _minds(self, plan: Plan) -> bool:
         """Whether what bounds say depends on who may be preempted."""
-        return minds_preemption(self.problem.settings_for(plan), plan.stages)
+        return minds_preemption(self.settings_for(plan), plan.stages)
 
     def _gives_way(self, plan: Plan, blocks: int) -> bool:
         """Whether a sequence may be preempted while a batch with it is on its way through a pipeline."""
         problem = self.problem
         dealt = problem.routing_of(plan) == "round_robin" and problem.trace.concurrency is None
         most = -(-len(problem.trace) // plan.replicas) if dealt else None
-        return may_preempt(problem.settings_for(plan), blocks, problem.trace, most)
+        return may_preempt(self.settings_for(plan), blocks, problem.trace, most)
 
 
 def judged(run: Run, objectives: Sequence[Objective], goals: Iterable[Goal]) -> tuple[Floats, NDArray[np.bool_]]:

@@ -33,7 +33,7 @@ No value of V_k is a dead end, so that the first solution met is the best one.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -49,7 +49,9 @@ from apex_opt.plans.plan import even_split
 from ..solver import new_solver
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    _Stage = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,19 +124,19 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
     kinds = set(zip(paces, pipeline.extra, strict=True))
     weights = {weight[j] - weight[i] for i, j in spans}
     tops = sorted(top for own in weights for pace, extra in kinds if (top := pace * (own + extra)) >= mean)
-    place = bisect_left(tops, True, key=lambda top: reach.ends(top, 0) is not None)
+    place = bisect_left(tops, True, key=lambda top: reach.holds(top, 0))
     if place == len(tops):
         return None
     slowest = tops[place]
     sizes = {max(row[j] - row[i] for row in sums) for i, j in spans}
     left = sorted({room - size for size in sizes for room in set(pipeline.room) if room >= size}, reverse=True)
-    spare = left[bisect_left(left, True, key=lambda free: reach.ends(slowest, free) is not None)]
+    spare = left[bisect_left(left, True, key=lambda free: reach.holds(slowest, free))]
     model = cp_model.CpModel()
     # The nearest to where the even split cuts comes first, of two as near the earlier one.
     evens = accumulate(even_split(layers, stages))
     ends = [
         sorted(values, key=lambda end: (abs(end - even), end))
-        for values, even in zip(reach.ends(slowest, spare) or (), evens, strict=False)
+        for values, even in zip(reach.ends(slowest, spare), evens, strict=False)
     ]
     cuts = [model.new_int_var(0, len(values) - 1, "cut") for values in ends]
     for two, allowed in zip(pairwise(cuts), reach.ranges(slowest, spare, ends), strict=False):
@@ -171,32 +173,46 @@ class _Reach:
         self._most, self._weight, self._sums = pipeline.most, np.array(weight), [np.array(row) for row in sums]
         self._stages = list(zip(paces, pipeline.extra, pipeline.room, strict=True))
 
-    def ends(self, slowest: int, spare: int) -> list[list[int]] | None:
-        """Of each cut the values that can be reached from the first layer and from the last; None where no split fits.
+    def holds(self, slowest: int, spare: int) -> bool:
+        """Whether some split fits.
 
         Parameters
         ----------
         slowest, spare : int    T and F
         """
-        layers = len(self._weight) - 1
-        furthest = self._by_stage(slowest, spare)
-        reached: list[set[int]] = [{0}]
-        for stage in self._stages:
-            far, ends, done = furthest[stage], set[int](), 0
-            # The further a stage begins, the further it goes: so each one adds what lies beyond those before it.
-            for start in sorted(reached[-1]):
-                ends.update(range(max(start, done) + 1, far[start] + 1))
-                done = max(done, far[start])
-            reached.append(ends)
-        if layers not in reached[-1]:
-            return None
-        kept = [{layers}]
+        return bool(self._reached(self._by_stage(slowest, spare))[-1] >> len(self._weight) - 1)
+
+    def ends(self, slowest: int, spare: int) -> list[list[int]]:
+        """Of each cut the values that can be reached from the first layer and from the last, where some split fits.
+
+        Parameters
+        ----------
+        slowest, spare : int    T and F
+        """
+        by_stage = self._by_stage(slowest, spare)
+        reached = self._reached(by_stage)
+        kept = [1 << len(self._weight) - 1]
         for stage, starts in zip(reversed(self._stages), reversed(reached[:-1]), strict=True):
-            far, nearest = furthest[stage], sorted(kept[-1])
-            # The first end past a start is the nearest that the stage may reach.
-            past = {i: bisect_right(nearest, i) for i in starts}
-            kept.append({i for i, at in past.items() if at < len(nearest) and nearest[at] <= far[i]})
-        return [sorted(ends) for ends in kept[-2:0:-1]]
+            far, barred = by_stage[stage]
+            able, before = 0, 0
+            for first, last in _runs(kept[-1]):
+                # Before the first end those that go so far, from there on those that go anywhere.
+                able |= _between(max(bisect_left(far, first), before), first - 1) | _between(first, last - 1) & ~barred
+                before = last
+            kept.append(able & starts)
+        return [[end for first, last in _runs(mask) for end in range(first, last + 1)] for mask in kept[-2:0:-1]]
+
+    def _reached(self, by_stage: dict[_Stage, tuple[list[int], int]]) -> list[int]:
+        """Where each stage may begin, and the last one end, as sets of bits: the n-th stands for n layers."""
+        reached = [1]
+        for stage in self._stages:
+            far, barred = by_stage[stage]
+            ends = 0
+            for first, last in _runs(reached[-1]):
+                # The further a stage begins, the further it goes; it goes past no layer that fits nowhere.
+                ends |= _between(first + 1, far[last]) & ~(barred << 1)
+            reached.append(ends)
+        return reached
 
     def ranges(self, slowest: int, spare: int, ends: Sequence[Sequence[int]]) -> list[list[tuple[int, int]]]:
         """Of each stage between two cuts where it may begin and end, as places among the values of these.
@@ -208,13 +224,17 @@ class _Reach:
         """
         found, furthest = [], self._by_stage(slowest, spare)
         for stage, (starts, stops) in zip(self._stages[1:], pairwise(ends), strict=False):
-            far = furthest[stage]
+            far, _ = furthest[stage]
             found.append([(a, b) for a, i in enumerate(starts) for b, j in enumerate(stops) if i < j <= far[i]])
         return found
 
-    def _by_stage(self, slowest: int, spare: int) -> dict[tuple[int, int, int], list[int]]:
-        """`_furthest` of every kind of stage, which are few."""
-        return {stage: self._furthest(*stage, slowest, spare) for stage in set(self._stages)}
+    def _by_stage(self, slowest: int, spare: int) -> dict[_Stage, tuple[list[int], int]]:
+        """`_furthest` of every kind of stage, which are few, and behind which layers such a stage goes nowhere."""
+        found = {}
+        for stage in set(self._stages):
+            far = self._furthest(*stage, slowest, spare)
+            found[stage] = far, sum(1 << start for start, end in enumerate(far) if start == end)
+        return found
 
     def _furthest(self, pace: int, extra: int, room: int, slowest: int, spare: int) -> list[int]:
         """Where a stage that begins behind so many layers ends at the furthest, no further than it begins if nowhere.
@@ -232,3 +252,17 @@ class _Reach:
             far = np.minimum(far, np.searchsorted(row, row + most, side="right") - 1)
         found: list[int] = far.tolist()
         return found
+
+
+def _between(first: int, last: int) -> int:
+    """The set of bits from one to another, both included; none where the last comes before the first."""
+    return (1 << last + 1) - (1 << first) if last >= first else 0
+
+
+def _runs(mask: int) -> Iterator[tuple[int, int]]:
+    """The first and the last bit of each run in a set, in rising order."""
+    while mask:
+        first = (mask & -mask).bit_length() - 1
+        last = first + (~(mask >> first) & (mask >> first) + 1).bit_length() - 2
+        yield first, last
+        mask &= -1 << last + 1
