@@ -33,7 +33,7 @@ from apex_opt.engines.schedulers import SCHEDULINGS
 from apex_opt.plans.plan import parse_plan
 from apex_opt.search import Scorer
 from apex_opt.search.bounds import StageFloor, fewest_to_fill, isolated
-from apex_opt.search.bounds.crowding import PRICES, Batches, Crowding, least_waited_ns, shared_ns
+from apex_opt.search.bounds.crowding import PRICES, Batches, Crowd, Crowding, least_waited_ns, shared_ns
 from apex_opt.units import NS_PER_S
 from apex_opt.workload import make_trace
 
@@ -146,7 +146,7 @@ def test_caps_make_bounds_of_pipelines_hold_where_sequences_overtake_themselves(
         filling = fewest_to_fill(settings, blocks, trace)
         caps = np.array([shared_ns(trace, filling, replicas, dealt=True)])
         given = settings, sized(base * stages, token * stages), floors[0], stages, trace, alone, some
-        bound = float(Crowding.of(*given, caps).mean_s(some)[0])
+        bound = float(Crowding.of(Crowd.of(*given), caps).mean_s(some)[0])
         assert bound <= reached, (seed, bound, reached)
         held += run.preemptions > 0
         overtaken = isolated(settings, floors, trace, overtaking=True)
@@ -175,10 +175,10 @@ def test_a_request_counts_for_no_more_than_its_part_of_what_those_wait_that_fill
     trace, replicas = stream(400, 12_000, 64), np.array([1, 2])
     floor = StageFloor.of(linear_law(settings, 1000, 100))
     given = settings, sized(1000, 100), floor, 1, trace, isolated(settings, [floor], trace), replicas
-    free, whole = Crowding.of(*given), Crowding.of(*given, np.array([np.inf, np.inf]))
+    free, whole = Crowding.of(Crowd.of(*given)), Crowding.of(Crowd.of(*given), np.array([np.inf, np.inf]))
     assert whole.mean_s(replicas) == pytest.approx(free.mean_s(replicas), rel=1e-8)
     cap = float(free.mean_s(replicas)[0]) * NS_PER_S / 3
-    capped = Crowding.of(*given, np.array([cap, np.inf])).mean_s(replicas)
+    capped = Crowding.of(Crowd.of(*given), np.array([cap, np.inf])).mean_s(replicas)
     assert capped[0] <= cap / NS_PER_S < free.mean_s(replicas)[0]
     assert capped[1] == whole.mean_s(replicas)[1]
 
@@ -205,7 +205,7 @@ def test_a_long_stream_is_bounded_by_batches_that_are_just_large_enough_to_keep_
     trace = stream(4000, gap, output)
     floor = StageFloor.of(law)
     alone = isolated(settings, [floor], trace)
-    crowding = Crowding.of(settings, sized(base, token), floor, 1, trace, alone, np.array([1, 2]))
+    crowding = Crowding.of(Crowd.of(settings, sized(base, token), floor, 1, trace, alone, np.array([1, 2])))
     # Batches of n tokens serve n of them in base + token x n, and so many come: n = base / (gap / output - token).
     size = base / (gap / output - token)
     wanted = output * (base + token * size) / NS_PER_S
@@ -230,7 +230,7 @@ def test_no_price_makes_a_bound_that_a_run_beats(replicas: int, monkeypatch: pyt
     reached = float((run.finish_ns - run.arrival_ns).mean()) / NS_PER_S
     for price in PRICES:
         monkeypatch.setattr("apex_opt.search.bounds.crowding.PRICES", np.array([price]))
-        crowding = Crowding.of(settings, sized(base, token), floor, 1, trace, alone, np.array([replicas]))
+        crowding = Crowding.of(Crowd.of(settings, sized(base, token), floor, 1, trace, alone, np.array([replicas])))
         assert crowding.mean_s(np.array([replicas])) <= reached
 
 

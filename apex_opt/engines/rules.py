@@ -270,7 +270,7 @@ def _in_half(model: Model) -> bool:
 
 def _angles(model: Model) -> int:
     """Cosines and sines that layers turn by: in one table, or in one each for layers that see all and for windows."""
-    cells = [run.block.attention for run in model.runs]
+    cells = [block.attention for block in model.blocks]
     if model.angles is None:
         return model.max_position * max(cell.rotary_dim for cell in cells)
     full, local = model.angles

@@ -82,7 +82,7 @@ class Allotment:
             object.__setattr__(self, name, (max(row[-1] for row in rows), max(steps, default=0)))
 
     def stages_bytes(self, ends: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Bytes of a block and of the states of a sequence, as the two below, between each of these layers and the next.
+        """Bytes of a block and of the states of a sequence, as below, between each of these layers and the next.
 
         Parameters
         ----------

@@ -277,6 +277,7 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
         )
         for index, (runs, block_bytes, state_bytes) in enumerate(zip(parts, *allotment.stages_bytes(ends), strict=True))
     ]
+    activations = {last: at_once(plan.shares) * workspace_bytes(model, plan, settings, last) for last in (False, True)}
     for key, runs in zip(alike, parts, strict=True):
         if key in found:
             continue
@@ -285,7 +286,7 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
         copies = vocab_copies(model, held, first, last)
         beside = first * model.before_bytes(plan.attention.tp) + last * 2 * model.after_parameters
         weights += copies * vocab_shard + beside + held.table_bytes
-        workspace = at_once(plan.shares) * workspace_bytes(model, plan, settings, last)
+        workspace = activations[last]
         drafter = plan.speculation if plan.stages == 1 else None  # nothing makes drafts for a pipeline
         if drafter is not None and (draft := draft_of(model, drafter)) is not None:
             weights += draft_bytes(draft, plan, held)

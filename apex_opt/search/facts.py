@@ -20,7 +20,7 @@ from apex_opt.plans.engine import limited, of_all, schedulers
 from apex_opt.plans.memory import StageMemory, kv_blocks, least_blocks, most_blocks, stage_memory
 from apex_opt.plans.shares import divisions
 from apex_opt.search.bounds import StageFloor, fewest_to_fill, isolated, may_preempt, minds_preemption
-from apex_opt.search.bounds.crowding import Batches, Crowding, shared_ns
+from apex_opt.search.bounds.crowding import Batches, Crowd, Crowding, shared_ns
 from apex_opt.search.bounds.gaps import least_gaps_ns
 from apex_opt.search.bounds.load import Load, replicas_with_room
 from apex_opt.search.bounds.phases import WHOLE, Side
@@ -79,10 +79,13 @@ class Facts:
         self._alone: dict[tuple[Any, ...], Run] = {}
         self._loads: dict[tuple[Any, ...], tuple[float, Load | None]] = {}
         self._crowdings: dict[tuple[Any, ...], Crowding] = {}
+        # Plans with even layers and with those to be moved come one after the other, and are as crowded.
+        self._crowd = lru_cache(maxsize=8)(self._crowd_of)
         self._settings: dict[tuple[Any, ...], EngineSettings] = {}
         self._memory: dict[tuple[Any, ...], tuple[StageMemory, ...]] = {}
         self._sure: dict[tuple[Any, ...], int] = {}
         instance = problem.instance()
+        self._asks_mean = any((part.figure.time, part.statistic) == ("whole", "mean") for part in problem.asked)
         self._needed, self._held = instance.blocks_needed, instance.held
         self.generated = problem.trace.generated(problem.settings.max_model_len)
 
@@ -199,7 +202,7 @@ class Facts:
             least = {} if closed else load.least_s(counts, request_s)
         else:
             makespan_s, least = np.repeat(run.makespan_s, len(counts)), {}
-        if not closed and (crowding := self._crowding(plan, alike, run)) is not None:
+        if not closed and (crowding := self._crowding(plan, alike)) is not None:
             mean = crowding.mean_s(counts) + request_s
             whole = least.get("whole", {})
             least |= {"whole": whole | {"mean": np.maximum(whole["mean"], mean) if whole else mean}}
@@ -316,18 +319,16 @@ class Facts:
             self._loads[key] = room, load
         return self._loads[key]
 
-    def _crowding(self, plan: Plan, alike: Alike, alone: Run) -> Crowding | None:
+    def _crowding(self, plan: Plan, alike: Alike) -> Crowding | None:
         """What the batches of a plan add to the mean time of requests for being as large as they must; None: nothing.
 
         Parameters
         ----------
         plan : Plan      with one of the numbers of replicas
         alike : Alike
-        alone : Run      what no run of it can beat, as if each request were the only one
         """
         problem = self.problem
-        asked = any((part.figure.time, part.statistic) == ("whole", "mean") for part in problem.asked)
-        if not asked or any(part is not None for part in (plan.speculation, plan.shares, plan.overlap)):
+        if not self._asks_mean or any(part is not None for part in (plan.speculation, plan.shares, plan.overlap)):
             return None
         blocks = self._sure_blocks(plan, alike.movable) if plan.stages > 1 else 0
         overtaking = plan.stages > 1 and self._gives_way(plan, blocks)
@@ -335,17 +336,24 @@ class Facts:
         if key not in self._crowdings:
             caps = None
             if overtaking:
-                alone = self.alone(plan, movable=alike.movable, calm=True)
                 filling = fewest_to_fill(self.settings_for(plan), blocks, problem.trace)
                 dealt = problem.routing_of(plan) == "round_robin" and problem.rescheduling is None
                 caps = np.array([shared_ns(problem.trace, filling, n, dealt=dealt) for n in alike.replicas])
-            count = schedulers(problem.settings, plan)
-            batches = Batches.of(self.least_cost(plan), plan.stages, count=count, in_step=count > 1 and in_step(plan))
-            of = alone.first_ns[0], alone.rest_ns[0]
-            counts = np.array(alike.replicas, np.int64)
-            engine = self.settings_for(plan), batches, self.mean(plan), plan.stages, problem.trace
-            self._crowdings[key] = Crowding.of(*engine, of, counts, caps)
+            self._crowdings[key] = Crowding.of(self._crowd(plan, alike.replicas), caps)
         return self._crowdings[key]
+
+    def _crowd_of(self, plan: Plan, replicas: tuple[int, ...]) -> Crowd:
+        """What requests take in crowded batches, if nobody is preempted in a pipeline."""
+        count, alone = schedulers(self.problem.settings, plan), self.alone(plan, calm=True)
+        return Crowd.of(
+            self.settings_for(plan),
+            Batches.of(self.least_cost(plan), plan.stages, count=count, in_step=count > 1 and in_step(plan)),
+            self.mean(plan),
+            plan.stages,
+            self.problem.trace,
+            (alone.first_ns[0], alone.rest_ns[0]),
+            np.array(replicas, np.int64),
+        )
 
     def _sure_blocks(self, plan: Plan, movable: bool) -> int:
         """KV blocks that a scheduler has at least, however the layers are moved, with any number of replicas."""

@@ -51,6 +51,8 @@ from ..solver import new_solver
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from numpy.typing import NDArray
+
     _Stage = tuple[int, int, int]
 
 
@@ -117,18 +119,19 @@ def split(pipeline: Pipeline) -> tuple[int, ...] | None:
     sums = [row[::step] for row in rows(pipeline.kinds, pipeline.held, pipeline.shared, pipeline.page)]
     paces = pipeline.pace or (1,) * stages
     reach = _Reach(replace(pipeline, most=most), weight, sums, paces)
-    spans = [(i, j) for i in range(layers) for j in range(i + 1, min(i + most, layers) + 1)]
+    spans = [np.array(row)[1:, None] - np.array(row)[:-1] for row in (weight, *sums)]  # from a layer up to another
+    held = np.tril(np.ones((layers, layers), bool)) & ~np.tril(np.ones((layers, layers), bool), -most)
     # Were all stages to take as long, each would take so much, hence the slowest does.
     common = lcm(*paces)
     mean = -(-(weight[-1] + sum(pipeline.extra)) * common // sum(common // pace for pace in paces))
     kinds = set(zip(paces, pipeline.extra, strict=True))
-    weights = {weight[j] - weight[i] for i, j in spans}
+    weights = np.unique(spans[0][held]).tolist()
     tops = sorted(top for own in weights for pace, extra in kinds if (top := pace * (own + extra)) >= mean)
     place = bisect_left(tops, True, key=lambda top: reach.holds(top, 0))
     if place == len(tops):
         return None
     slowest = tops[place]
-    sizes = {max(row[j] - row[i] for row in sums) for i, j in spans}
+    sizes = np.unique(np.maximum.reduce(spans[1:])[held]).tolist()
     left = sorted({room - size for size in sizes for room in set(pipeline.room) if room >= size}, reverse=True)
     spare = left[bisect_left(left, True, key=lambda free: reach.holds(slowest, free))]
     model = cp_model.CpModel()
@@ -171,6 +174,7 @@ class _Reach:
 
     def __init__(self, pipeline: Pipeline, weight: list[int], sums: list[list[int]], paces: tuple[int, ...]) -> None:
         self._most, self._weight, self._sums = pipeline.most, np.array(weight), [np.array(row) for row in sums]
+        self._places = np.arange(len(weight))
         self._stages = list(zip(paces, pipeline.extra, pipeline.room, strict=True))
 
     def holds(self, slowest: int, spare: int) -> bool:
@@ -233,10 +237,10 @@ class _Reach:
         found = {}
         for stage in set(self._stages):
             far = self._furthest(*stage, slowest, spare)
-            found[stage] = far, sum(1 << start for start, end in enumerate(far) if start == end)
+            found[stage] = far.tolist(), sum(1 << start for start in np.flatnonzero(far == self._places).tolist())
         return found
 
-    def _furthest(self, pace: int, extra: int, room: int, slowest: int, spare: int) -> list[int]:
+    def _furthest(self, pace: int, extra: int, room: int, slowest: int, spare: int) -> NDArray[np.int64]:
         """Where a stage that begins behind so many layers ends at the furthest, no further than it begins if nowhere.
 
         Parameters
@@ -246,12 +250,11 @@ class _Reach:
         """
         heaviest, largest = slowest // pace - extra, room - spare
         if heaviest < 0 or largest < 0:
-            return list(range(len(self._weight)))
-        far = np.arange(len(self._weight)) + self._most
+            return self._places
+        far = self._places + self._most
         for row, most in ((self._weight, heaviest), *((row, largest) for row in self._sums)):
             far = np.minimum(far, np.searchsorted(row, row + most, side="right") - 1)
-        found: list[int] = far.tolist()
-        return found
+        return far
 
 
 def _between(first: int, last: int) -> int:

@@ -120,17 +120,21 @@ class Batches:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Crowding:
-    """Bounds of the mean time of requests: each some seconds, less some for every replica.
+class Crowd:
+    """What each request takes for certain at some prices of the time of a stage.
 
     Parameters
     ----------
-    least_s : float64[prices, 1 or numbers of replicas]    the same for all numbers of replicas where there is one
-    replica_s : float64[prices]
+    prices : float64[prices]      that serve best on some numbers of replicas
+    times : float64[n] of each    nanoseconds, of the stages' time included
+    whole : float64[n]            nanoseconds that a request takes if nothing is paid for the stages
+    stages_s : float              that the stages of a replica can work until the last request comes
     """
 
-    least_s: Floats
-    replica_s: Floats
+    prices: Floats
+    times: tuple[Floats, ...]
+    whole: Floats
+    stages_s: float
 
     @classmethod
     def of(
@@ -142,7 +146,6 @@ class Crowding:
         trace: Trace,
         alone_ns: tuple[Ints, Ints],
         replicas: Ints,
-        caps_ns: Floats | None = None,
     ) -> Self:
         """Of a trace on some numbers of replicas.
 
@@ -156,11 +159,10 @@ class Crowding:
         alone_ns : two of int64[n]      what no request can beat until its first token, and from there on, if nobody is
                                         preempted in a pipeline
         replicas : int64[k]
-        caps_ns : float64[k], optional  most that a request counts for, where somebody may be (`shared_ns`)
         """
         first, rest = (part.astype(np.float64) for part in alone_ns)
         later = (trace.generated(settings.max_model_len) - 1).astype(np.float64)
-        prompt, read = cls._shares(settings, batches, mean, trace)
+        prompt, read = _shares(settings, batches, mean, trace)
         prompt, read = prompt * stages, read * stages
         batch = float(stages * mean.batch_ns)
         apart = first + (later * batch if batches.in_step else rest)  # of ranks in step attention hides
@@ -170,36 +172,63 @@ class Crowding:
         worth = batches.token_ns(PRICES)
         gains = later.sum() * worth + PRICES * float((prompt + read).sum())
         free = PRICES * stages * float(since.max())
-        prices = PRICES[np.unique(np.argmax(gains[:, None] - free[:, None] * replicas, axis=0))]
-        whole = first + rest
-        # What is so even if nothing is paid for the stages is told by others unless requests count for less.
-        least = [] if caps_ns is None else [whole]
-        for price, token in zip(prices.tolist(), batches.token_ns(prices).tolist(), strict=True):
+        best = np.unique(np.argmax(gains[:, None] - free[:, None] * replicas, axis=0))
+        whole, shares = first + rest, prompt + read
+        times = []
+        for price, token in zip(PRICES[best].tolist(), worth[best].tolist(), strict=True):
             share = min(1.0, batch / token) if token else 1.0
             begun = first + price * prompt
-            done = apart + price * (prompt + read) + later * (token - batch)
+            done = apart + price * shares + later * (token - batch)
             cut = until * (1 - share) + (later - 1) * batch + share * np.minimum(until, begun)
-            least.append(np.maximum(np.minimum(done, cut), whole))
-        paid = prices if caps_ns is None else np.append(0.0, prices)
-        means = [[float(times.mean())] if caps_ns is None else _capped_means(times, caps_ns) for times in least]
-        return cls(
-            least_s=np.array(means) / NS_PER_S,
-            replica_s=paid * (stages * float(since.max()) / NS_PER_S / len(trace)),
-        )
+            times.append(np.maximum(np.minimum(done, cut), whole))
+        stages_s = stages * float(since.max()) / NS_PER_S
+        return cls(prices=PRICES[best], times=tuple(times), whole=whole, stages_s=stages_s)
 
-    @staticmethod
-    def _shares(settings: EngineSettings, batches: Batches, mean: StageFloor, trace: Trace) -> tuple[Floats, Floats]:
-        """Nanoseconds of the mean stage that each prompt takes of it, and attention to what later tokens hold."""
-        if batches.in_step:
-            computed = trace.prompt - found_prompts(settings, trace)
-            return np.maximum(np.floor(computed * mean.token_ns) - chunked(computed), 0), np.zeros(len(trace))
-        later = trace.generated(settings.max_model_len) - 1
-        first, whole = works_ns(settings, mean, trace)
-        return first, whole - np.floor(later * mean.decode_token_ns)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crowding:
+    """Bounds of the mean time of requests: each some seconds, less some for every replica.
+
+    Parameters
+    ----------
+    least_s : float64[prices, 1 or numbers of replicas]    the same for all numbers of replicas where there is one
+    replica_s : float64[prices]
+    """
+
+    least_s: Floats
+    replica_s: Floats
+
+    @classmethod
+    def of(cls, crowd: Crowd, caps_ns: Floats | None = None) -> Self:
+        """Of what requests take.
+
+        Parameters
+        ----------
+        crowd : Crowd
+        caps_ns : float64[k], optional  most that a request counts for on the numbers of replicas, where somebody may be
+                                        preempted (`shared_ns`)
+        """
+        if caps_ns is None:
+            paid, means = crowd.prices, [[float(times.mean())] for times in crowd.times]
+        else:
+            # What is so even if nothing is paid for the stages is told by others unless requests count for less.
+            paid = np.append(0.0, crowd.prices)
+            means = [_capped_means(times, caps_ns) for times in (crowd.whole, *crowd.times)]
+        return cls(least_s=np.array(means) / NS_PER_S, replica_s=paid * (crowd.stages_s / len(crowd.whole)))
 
     def mean_s(self, replicas: Ints) -> Floats:
         """Seconds that the mean time of a request within the engine cannot be below on some numbers of replicas."""
         return np.asarray((self.least_s - self.replica_s[:, None] * replicas).max(axis=0))
+
+
+def _shares(settings: EngineSettings, batches: Batches, mean: StageFloor, trace: Trace) -> tuple[Floats, Floats]:
+    """Nanoseconds of the mean stage that each prompt takes of it, and attention to what later tokens hold."""
+    if batches.in_step:
+        computed = trace.prompt - found_prompts(settings, trace)
+        return np.maximum(np.floor(computed * mean.token_ns) - chunked(computed), 0), np.zeros(len(trace))
+    later = trace.generated(settings.max_model_len) - 1
+    first, whole = works_ns(settings, mean, trace)
+    return first, whole - np.floor(later * mean.decode_token_ns)
 
 
 def _capped_means(times: Floats, caps: Floats) -> Floats:
