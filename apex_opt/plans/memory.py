@@ -255,6 +255,12 @@ def stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -
     plan
     settings : EngineSettings    with the limits that the plan sets, as `plans.engine.limited` has them
     """
+    return _stage_memory(model, gpu, plan if plan.replicas == 1 else plan.times(1), settings)
+
+
+@lru_cache(maxsize=1 << 13)
+def _stage_memory(model: Model, gpu: Gpu, plan: Plan, settings: EngineSettings) -> tuple[StageMemory, ...]:
+    """The same of one replica: what checks a plan and what bounds it ask alike."""
     held = Held.of(settings.runnable, model, gpu)
     allotment, seats = allotted(model, plan, settings), state_seats(plan, settings)
     usable = int(gpu.memory_bytes * settings.gpu_memory_utilization)
