@@ -478,3 +478,17 @@ def test_figures_of_several_types_are_told_by_type_and_layouts_of_each_on_its_ow
     assert [layout.stage_devices for layout in joint.layouts_of(plan)] == [2, 2]
     with pytest.raises(CapacityError, match="takes 4 GPUs, 2 of"):
         joint.layouts_of(parse_plan("pp3[4,2,2] attn(tp2) ffn(tp2) bf16 on=test-gpu:1+twin:2", joint.model))
+
+
+def test_what_layers_take_at_least_is_kept_for_stages_that_lie_alike_and_is_what_it_is_for_each_alone() -> None:
+    """Also where stages are in nodes of their own, and where layers of several kinds alternate."""
+    name, cluster = "qwen3-next-80b-a3b", "4x8xh100-sxm"
+    kept = costs(name, cluster)
+    for text in ("attn(tp8) ffn(tp8)", "attn(dp4,tp2) ffn(ep8)", "attn(tp16) ffn(tp16)"):
+        least = []
+        for stages in (1, 2):
+            plan = parse_plan(f"pp{stages} {text} bf16" if stages > 1 else f"{text} bf16", kept.model)
+            least.append(kept.least(plan))
+            assert least[-1] == costs(name, cluster).least(plan)
+        assert least[1].decode_share >= least[0].decode_share * (1 - 1e-12)
+        assert least[1].pair == least[0].pair

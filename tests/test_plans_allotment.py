@@ -191,3 +191,15 @@ def test_program_and_oracle_agree_on_what_encoder_decoders_take(place: int, memo
     instance = instance_at(model, plans[place % len(plans)], 4, memory=memory)
     allowed = {plan for plan in plans if not violations(instance, plan)}
     assert set(PlanSpace().enumerate(instance).plans) == allowed
+
+
+@pytest.mark.parametrize("name", ["kimi-k3", "gpt-oss-20b", "llama-3.1-8b", "whisper-large-v3"])
+@pytest.mark.parametrize("scheduler", [None, SglangScheduling()])
+def test_what_stages_take_together_is_what_each_takes(name: str, scheduler: SglangScheduling | None) -> None:
+    model, settings = load_model(name), EngineSettings()
+    settings = settings if scheduler is None else replace(settings, scheduler=scheduler)
+    found = allotted(model, parse_plan("attn(tp1) ffn(tp1) bf16", model), settings)
+    ends = [0, 1, 3, found.layers // 2, found.layers]
+    blocks, states = found.stages_bytes(ends)
+    assert blocks == [found.block_bytes(*ends[place : place + 2]) for place in range(4)]
+    assert states == [found.state_bytes(*ends[place : place + 2]) for place in range(4)]

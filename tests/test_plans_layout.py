@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, prod
 
 import pytest
 from hypothesis import given
@@ -87,3 +87,24 @@ def test_no_aligned_block_touches_more_nodes_than_it_is_said_to(
             touched = {(first + offset + rank * stride) // chunk for rank in range(ranks)}
             assert len(touched) <= found.nodes
     assert found.nodes <= max(1, min(ranks, ceil(block / chunk) + 1))
+
+
+@given(st.lists(st.sampled_from([2, 3, 4]), min_size=1, max_size=5), st.integers(0, 5), st.data())
+def test_what_the_ranks_of_a_stage_cross_is_known_of_the_stage_alone(
+    factors: list[int], inside: int, data: st.DataObject
+) -> None:
+    links = (SWITCH, SOCKET, NODE, LEAF, SPINE)
+    chunks = [prod(factors[: index + 1]) for index in range(len(factors))]
+    tiers = [Tier(str(place), chunk, links[place], place >= inside) for place, chunk in enumerate(chunks)]
+    stage = data.draw(st.sampled_from([n for n in range(1, chunks[-1] + 1) if chunks[-1] % n == 0]))
+    # Chunks cut a stage into equal parts or hold whole stages.
+    tiers = [tier for tier in tiers if stage % tier.chunk == 0 or tier.chunk % stage == 0]
+    layout = Layout(stage_devices=stage, tiers=tuple(tiers))
+    within = layout.of_stage
+    assert max((tier.chunk for tier in within.tiers), default=1) == stage
+    assert within.of_stage == within
+    for ranks in (n for n in range(1, stage + 1) if stage % n == 0):
+        for stride in (n for n in range(1, stage // ranks + 1) if stage // ranks % n == 0):
+            assert within.spread(ranks, stride) == layout.spread(ranks, stride)
+            kinds = [[tier.kind for tier in one.crossed(ranks, stride)] for one in (within, layout)]
+            assert kinds[0] == kinds[1]

@@ -274,13 +274,13 @@ class Exchanges:
         calls.append((1, Collectives.all_reduce_s, 2.0 * model.hidden * own[0], attention.tp, 1))
         calls.append((1, Collectives.all_gather_s, 2.0 * model.vocab * own[1], attention.tp, 1))
         took: dict[tuple[Any, ...], float] = {}  # layers alike exchange the same
-        for count, *call in calls:
-            time_s, size, ranks, stride = call
+        for count, time_s, size, ranks, stride in calls:
             if crossed := layout.crossed(ranks, stride):
-                if (one := took.get(tuple(call))) is None:
+                key = time_s, size, ranks, stride
+                if (one := took.get(key)) is None:
                     spread = layout.spread(ranks, stride)
                     over = self.collectives.over(spread.near, spread.far)
-                    one = took[tuple(call)] = float(time_s(over, size, ranks=ranks, nodes=spread.nodes))
+                    one = took[key] = float(time_s(over, size, ranks=ranks, nodes=spread.nodes))
                 seconds += count * one
                 sent[crossed[-1].kind] += count * size
         return seconds, sent

@@ -209,12 +209,12 @@ class Crowding:
                                         preempted (`shared_ns`)
         """
         if caps_ns is None:
-            paid, means = crowd.prices, [[float(times.mean())] for times in crowd.times]
+            paid, means = crowd.prices, np.array([[float(times.mean())] for times in crowd.times])
         else:
             # What is so even if nothing is paid for the stages is told by others unless requests count for less.
             paid = np.append(0.0, crowd.prices)
-            means = [_capped_means(times, caps_ns) for times in (crowd.whole, *crowd.times)]
-        return cls(least_s=np.array(means) / NS_PER_S, replica_s=paid * (crowd.stages_s / len(crowd.whole)))
+            means = np.array([_capped_means(times, caps_ns) for times in (crowd.whole, *crowd.times)])
+        return cls(least_s=means / NS_PER_S, replica_s=paid * (crowd.stages_s / len(crowd.whole)))
 
     def mean_s(self, replicas: Ints) -> Floats:
         """Seconds that the mean time of a request within the engine cannot be below on some numbers of replicas."""
