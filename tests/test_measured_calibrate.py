@@ -110,6 +110,29 @@ def test_a_single_load_is_told_to_be_extrapolated_from_and_leaves_errors_unknown
     assert [one["of"] for one in figures[:3]] == [f"{path} was not calibrated on several loads"] * 3
 
 
+def test_a_load_measured_twice_is_left_out_at_once() -> None:
+    planted = replace(BEFORE, step_s=2 * BEFORE.step_s)
+    (run,) = measured_with(planted, RUNS[:1])
+    again = replace(run, name="again", measured={name: 1.01 * value for name, value in run.measured.items()})
+    found = calibrate([run, again], "vllm", quiet)
+    assert found.runs == 2 and found.crossed is None and not found.expected
+    assert "One load tells of no other" in calibration_page(to_plain(calibration_document(found, "vllm", None)))
+    both = measured_with(planted)
+    more = calibrate([*both, replace(both[0], name="again")], "vllm", quiet)
+    assert more.crossed is not None and more.crossed[1]["tpot_mean"].n == len(both) + 1
+
+
+@pytest.mark.parametrize(("slower", "doubted"), [(1.0, False), (3.0, True)])
+def test_what_no_own_time_explains_casts_doubt_on_the_plan(slower: float, doubted: bool) -> None:
+    runs = measured_with(replace(BEFORE, step_s=2 * BEFORE.step_s))
+    some = [
+        replace(run, measured={name: value * (slower if place % 2 else 1.0) for name, value in run.measured.items()})
+        for place, run in enumerate(runs)
+    ]
+    page = calibration_page(to_plain(calibration_document(calibrate(some, "vllm", quiet), "vllm", None)))
+    assert ("more than the own time of an engine explains: check that" in page) == doubted
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

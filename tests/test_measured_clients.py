@@ -133,6 +133,9 @@ def test_guidellm_and_aiperf_are_read(tmp_path: Path) -> None:
     assert run.measured["tpot_mean"] == pytest.approx(0.008)
     assert run.measured["e2e_mean"] == pytest.approx(0.16)
     assert (run.trace.concurrency, len(run.trace)) == (4, 40)
+    untold = {name: value for name, value in AIPERF.items() if name != "input_config"}
+    with pytest.raises(InputError, match="does not say how requests were sent, so nothing can be compared"):
+        read_clients(written(tmp_path, untold), DEPLOYED)
 
 
 @pytest.mark.parametrize(

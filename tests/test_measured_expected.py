@@ -18,6 +18,7 @@ from test_measured_handed import read as pools
 from test_measured_silicon import DENSE as CLOSED_LOOP
 from test_measured_silicon import read as closed_loop
 
+from apex_opt.cost.engine import load_engine
 from apex_opt.errors import UsageError
 from apex_opt.ir import load_model
 from apex_opt.measured.compare import Predictor
@@ -157,6 +158,30 @@ def test_an_answer_has_its_intervals_or_says_that_nothing_was_measured() -> None
     assert all(one["low"] < one["high"] and one["rows"] >= LEAST_ROWS for one in figures)
     figures = json.loads(run(*words, "--cluster=1xh200-sxm", "--engine=static", "--runnable=any").out)["expected"]
     assert all(one["low"] is None and one["of"] == "nothing comparable was measured" for one in figures)
+
+
+def test_intervals_of_a_closed_loop_have_what_clients_wait_on_their_way_as_measured_runs_do() -> None:
+    words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--cluster=1xh200-sxm", "--format=json")
+    document = json.loads(run(*words, "--trace=closed:concurrency=2,n=6,prompt=1000,output=9").out)
+    figures = {one["figure"]: one for one in document["expected"]}
+    own = load_engine("vllm")
+    way_s = own.client_s + 1000 * own.client_token_s
+    for figure in ("TTFT", "E2E", "TPOT"):
+        one = figures[figure]
+        kind = Kind.of("vllm", "h200-sxm-141gb", load_model("llama-3.1-8b"), 2.0)
+        error = expected(kind, f"{figure.lower()}_mean")
+        assert error is not None
+        low, high = error.interval(one["predicted"] + (way_s if figure != "TPOT" else 0.0))
+        assert (one["low"], one["high"]) == pytest.approx((low, high), rel=1e-3)
+        assert (", clients wait 27.0 ms more on their way" in one["of"]) == (figure != "TPOT")
+
+
+def test_a_goal_on_what_clients_see_counts_their_way() -> None:
+    words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--cluster=1xh200-sxm", "--format=json")
+    closed = "--trace=closed:concurrency=2,n=6,prompt=1000,output=9"
+    mean = json.loads(run(*words, closed).out)["best"]["metrics"]["ttft_s"]["mean"]
+    (near,) = json.loads(run(*words, closed, f"--slo=ttft_mean<={1000 * mean + 20:.3f}ms").out)["near_goals"]
+    assert near["error"] > 0.027 / mean
 
 
 @pytest.mark.parametrize("more", ["--prefix_caching=true", "--model=whisper-large-v3"])

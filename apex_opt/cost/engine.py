@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from apex_opt.workload.trace import Trace
+
 
 _LONGEST_S: Final = 10.0
 """What no engine takes beside the kernels, for a batch or a request."""
@@ -106,6 +108,12 @@ class EngineOverhead:
             raise InputError(
                 f"engine {self.name}: kernels = {self.kernels!r:.40} must be one of {', '.join(TABLE_ENGINES)}"
             )
+
+    def way_s(self, trace: Trace) -> float:
+        """What a client of a closed loop waits from an answer until its next request can join a batch; else nothing."""
+        if trace.concurrency is None:
+            return 0.0
+        return self.client_s + self.client_token_s * float(trace.prompt.mean())
 
     @classmethod
     def of(cls, name: str, own_time: Mapping[str, Any]) -> EngineOverhead:

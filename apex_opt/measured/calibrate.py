@@ -346,19 +346,22 @@ class _Fit:
 
         The others' times are found from those of all by how figures respond there.
         """
-        if len(self.runs) < 2:
+        loads = [_load_of(run) for run in self.runs]
+        each = list(dict.fromkeys(loads))
+        if len(each) < 2:
             return None
         logs, columns = self._last
-        owner = np.array([place for place, _ in self._rows])
-        at, found = _with(self._before, values), list[Comparison]()
-        for place, run in enumerate(self.runs):
-            self._tell("judging loads left out", place, len(self.runs))
-            others = owner != place
+        owner = np.array([each.index(loads[place]) for place, _ in self._rows])
+        at, found = _with(self._before, values), dict[int, Comparison]()
+        for number, load in enumerate(each):
+            self._tell("judging loads left out", number, len(each))
+            others = owner != number
             if others.sum() <= len(names):
                 return None
             trial = self._moved(at, names, self._solved(logs, columns, others))
-            found += self.compared(trial, [run])
-        return self.compared(self._before), tuple(found)
+            left = [place for place, its in enumerate(loads) if its == load]
+            found.update(zip(left, self.compared(trial, [self.runs[place] for place in left]), strict=True))
+        return self.compared(self._before), tuple(found[place] for place in range(len(self.runs)))
 
     @staticmethod
     def loss(comparisons: Sequence[Comparison]) -> float:
@@ -370,6 +373,14 @@ class _Fit:
             if metric in FITTED_ON
         ]
         return _huber(np.array(logs))
+
+
+def _load_of(run: MeasuredRun) -> tuple[object, ...]:
+    """What a run has in common with one that repeats it: requests, clients or rate, and mean lengths, to two digits."""
+    trace = run.trace
+    means = (float(trace.prompt.mean()), float(trace.output.mean()), float(trace.arrival_ns.max()))
+    told = tuple(f"{mean:.1e}" for mean in means)
+    return run.model, run.plan, str(run.settings), trace.concurrency, len(trace.prompt), told
 
 
 def _huber(logs: Floats) -> float:

@@ -21,6 +21,7 @@ from apex_opt.measured.names import find_model
 from apex_opt.measured.runs import MeasuredRun
 from apex_opt.workload.layouts import result_reader
 from apex_opt.workload.readers import result_trace
+from apex_opt.workload.trace import UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -105,6 +106,11 @@ def read_clients(path: Path, deployed: Deployed) -> list[MeasuredRun]:
         name = f"{stem}/{place}" if len(found) > 1 else stem
         _check_model(label, document, deployed)
         trace = result_trace(label, name, f"file {label}", document, 0)
+        if trace.arrivals == UNKNOWN:
+            raise InputError(
+                f"{label}: does not say how requests were sent, so nothing can be compared; measure with a number of "
+                "clients or a rate that the client writes into its result"
+            )
         measured = _measured(label, document)
         if not measured:
             raise InputError(f"{label}: no latency in it that could be compared")

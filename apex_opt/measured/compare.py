@@ -276,8 +276,7 @@ def _served(trace: Trace, overhead: EngineOverhead) -> Trace:
     """A trace as it comes to the engine: in a closed loop over HTTP requests take a while on their way in."""
     if trace.concurrency is None:
         return trace
-    pause_s = overhead.client_s + overhead.client_token_s * float(trace.prompt.mean())
-    return replace(trace, pause_ns=round(pause_s * NS_PER_S))
+    return replace(trace, pause_ns=round(overhead.way_s(trace) * NS_PER_S))
 
 
 def _work(plan: Plan, usage: Usage, makespan_s: float, cluster: Cluster) -> tuple[float, float, float]:

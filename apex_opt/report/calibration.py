@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.text import Text
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from apex_opt.measured.calibrate import Calibration
     from apex_opt.measured.compare import Summary
     from apex_opt.schema import Document
+
+
+_ROUGH: Final = {"tpot_mean": "TPOT", "e2e_mean": "E2E"}
+_EXPLAINED_PCT: Final = 10.0
+"""Mean error from which on a calibration is doubted: on the runs that ship it is 1 to 3% for both."""
 
 
 def calibration_document(found: Calibration, engine: str, out: str | None) -> listed.Calibration:
@@ -111,7 +116,7 @@ def _draw(console: Console, document: Document) -> None:
         between = "at its limit" if one.get("at_limit") else between
         rows.append((name, f"{one['before']:g}", f"{one['after']:g}", between, one.get("kept", "")))
     table(console, "", ("time (us)", "before", "after", "95% between", "why it was kept"), rows, left={0, 4})
-    if document["runs"] == 1:
+    if "crossed" not in document:
         console.print(
             Text(
                 "One load tells of no other: answers for more or fewer requests at once are extrapolated, and how far "
@@ -125,12 +130,27 @@ def _draw(console: Console, document: Document) -> None:
     ):
         if key in document:
             _errors(console, title, document[key])
+    _doubt(console, document)
     if document["status"] != "ok":
         console.print(Text("Nothing is written: a fit brings loads that it has not seen no nearer.\n"))
     elif document["out"] is None:
         console.print(Text("To write it to a file that --engine takes: --out=my.toml\n"))
     else:
         console.print(Text(f"written to {document['out']}; use it as --engine={document['out']}\n"))
+
+
+def _doubt(console: Console, document: Document) -> None:
+    """What is off by more than an engine's own time explains, where a fit has done what it can."""
+    errors = document["crossed" if "crossed" in document else "fitted"]["after"]
+    off = {name: errors[key]["mean_ape_pct"] for key, name in _ROUGH.items() if key in errors}
+    worst = max(off, key=lambda name: off[name], default="")
+    if worst and off[worst] > _EXPLAINED_PCT:
+        console.print(
+            Text(
+                f"{worst} is still {off[worst]:.0f}% off, more than the own time of an engine explains: check that "
+                "--plan, --cluster, --weights and --engine are what ran.\n"
+            )
+        )
 
 
 def _errors(console: Console, title: str, pair: dict[str, Any]) -> None:
