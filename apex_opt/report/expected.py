@@ -59,7 +59,7 @@ def _found(problem: Problem, scored: Scored, figure: str) -> Expected | None:
     told = problem.overhead.expected
     if told is None or figure == "energy":
         known = expected(kind, figure)
-        if known is None or problem.overhead.name == kind.engine:
+        if known is None or not problem.overhead.name.startswith(f"{kind.engine}-"):
             return known
         # The board has an engine's releases together.
         return replace(known, of=known.of.replace(kind.engine, f"{kind.engine} of all releases", 1), nearest=False)
