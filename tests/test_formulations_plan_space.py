@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from drafts_cases import knowing
 from ortools.sat.python import cp_model
-from plan_cases import SMALL, dense, instance_at, latent, make_cluster, make_model, random_instance, sparse
+from plan_cases import SMALL, dense, instance_at, latent, make_cluster, make_model, random_instance, sparse, ungated
 
 import apex_opt
-from apex_opt.engines import SGLANG
+from apex_opt.engines import SGLANG, VLLM
 from apex_opt.engines.schedulers import SglangScheduling
 from apex_opt.errors import UsageError
 from apex_opt.ir import load_model
@@ -27,6 +27,7 @@ from apex_opt.plans.engine import EngineSettings
 from apex_opt.plans.plan import Plan, Template, even_split, parse_plan
 from apex_opt.plans.speculation import Drafter
 from formulations.plan_space import PlanSpace
+from formulations.plan_space.sizes import expert_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -295,6 +296,21 @@ def test_every_plan_that_apex_plus_would_generate_on_eight_gpus_is_in_the_space(
     wanted = [canonical(plan) for plan in wanted]
     assert len(set(wanted)) >= 30
     assert {plan.times(1) for plan in wanted} <= found
+
+
+@pytest.mark.parametrize(("gates", "room"), [(False, 1), (True, 0)])
+def test_the_program_holds_experts_without_a_gate_with_room_for_one_as_the_oracle_does(gates: bool, room: int) -> None:
+    """Memory is as the oracle has it, to the byte: a program that counts less lets through what does not fit."""
+    model = make_model((sparse(shared=64), 2))
+    model, settings = model if gates else ungated(model), replace(SMALL, runnable=VLLM)
+    plan = parse_plan("tp2 fp8", model)
+    for more, fits in ((-1, False), (0, True)):
+        instance = instance_at(model, plan, 2, memory=more, formats=[("fp8", "bf16")], settings=settings)
+        assert (plan in SPACE.enumerate(instance).plans) is fits
+    (block,) = model.blocks
+    held = [replace(instance, settings=replace(settings, runnable=rules)) for rules in (VLLM, SGLANG)]
+    sizes = [expert_bytes(one, block, 2, 1, "fp8", touched=False) for one in held]
+    assert sizes[0] - sizes[1] == room * 8 * 512 * 768 // 2
 
 
 def test_drafts_over_attention_copies_are_in_the_space_where_the_engine_makes_them() -> None:
