@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from plan_cases import beside, dense, make_cluster, make_model, make_problem, tight
-from pools_cases import PUSHING, SLEEPY, pairs_of, plans_of
+from plan_cases import NAMES, beside, dense, make_cluster, make_model, make_problem, tight
+from pools_cases import PUSHING, SLEEPY, pairs_of, plans_of, random_question, with_goal
 from search_cases import GPUS, SPACE, every, rank
 
 from apex_opt.engines.handover import HandoverTimes
-from apex_opt.figures import parse_goals
+from apex_opt.engines.schedulers import SglangScheduling
+from apex_opt.figures import load_objective, parse_goals
 from apex_opt.plans.deployment import Deployment, Pool, parse_deployment
 from apex_opt.search import Scorer, search
 from apex_opt.search.bounds.handed import Handed
@@ -25,6 +26,8 @@ from apex_opt.workload import make_trace
 from formulations import deployment as programs
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from apex_opt.plans.routing import Routing
     from apex_opt.search import Problem
 
@@ -81,6 +84,35 @@ def test_the_best_is_the_best_of_all_pairs_and_of_all_that_do_both_phases(seed: 
     assert [one.text for one in answer.candidates[:3]] == [one.text for one in good[:3]]
     assert answer.ledger.optimal
     assert answer.status == ("optimal" if good else "infeasible")
+
+
+def of_both(seed: int) -> Problem:
+    """A question of any kind over both ways to serve, with one objective or two, and a goal about what is reached."""
+    rng, problem = np.random.default_rng(seed), random_question(seed)
+    if isinstance(problem.settings.scheduler, SglangScheduling):
+        problem = replace(problem, sides=(("round_robin", "session"), ("round_robin",)))  # the kernel knows these
+    objective, *then = (load_objective(str(name)) for name in rng.choice(NAMES, int(rng.integers(1, 3)), replace=False))
+    problem = replace(problem, objective=objective, then=tuple(then), serving=("aggregated", "pools"))
+    problem = replace(problem, max_devices=min(problem.max_devices, 4))
+    pairs = list(pairs_of(problem))
+    return with_goal(problem, pairs[int(rng.integers(len(pairs)))], rng) if pairs and rng.random() < 0.6 else problem
+
+
+@pytest.mark.parametrize(
+    "seeds", [(4, 6, 8), pytest.param(range(9, 200), marks=pytest.mark.nightly)], ids=["ci", "all"]
+)
+def test_the_best_of_questions_of_any_kind_is_the_best_of_simulating_all(seeds: Iterable[int]) -> None:
+    for seed in seeds:
+        problem = of_both(seed)
+        scorer, pairs = Scorer(problem), list(pairs_of(problem))
+        if len(pairs) > 120:
+            continue
+        scored = (*every(problem), *(scorer.simulate(pair) for pair in pairs))
+        good = sorted(problem.costs(one.metrics) for one in scored if one.meets_slos)
+        answer = search(problem, SPACE, top=3)
+        assert (answer.status == "optimal") == bool(good), seed
+        if good:
+            assert [problem.costs(one.metrics) for one in answer.candidates[:3]] == good[:3], seed
 
 
 @pytest.mark.parametrize(("seed", "types"), FEW[:4])
