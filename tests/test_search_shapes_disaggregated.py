@@ -315,7 +315,7 @@ def faster(problem: Problem) -> Problem:
 
 
 CASES = [
-    pytest.param(seed, types, marks=() if seed % 10 == 3 * types else pytest.mark.nightly)
+    pytest.param(seed, types, marks=() if (seed, types) in ((3, 1), (13, 1), (6, 2)) else pytest.mark.nightly)
     for seed in range(30)
     for types in (1, 2)
 ]
