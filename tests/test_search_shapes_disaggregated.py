@@ -99,7 +99,7 @@ def of_both(seed: int) -> Problem:
 
 
 @pytest.mark.parametrize(
-    "seeds", [(4, 6, 8), pytest.param(range(9, 200), marks=pytest.mark.nightly)], ids=["ci", "all"]
+    "seeds", [(4, 6, 41), pytest.param(range(8, 200), marks=pytest.mark.nightly)], ids=["ci", "all"]
 )
 def test_the_best_of_questions_of_any_kind_is_the_best_of_simulating_all(seeds: Iterable[int]) -> None:
     for seed in seeds:

@@ -107,6 +107,7 @@ class Pools:
             unit = max(_ENLARGED, size)
             size = max(size, -(-max(states) // (max(tokens) * unit)) * unit)
         whole = redone and any(entry.chunked for _, entry in flat)
+        whole |= self.grouped and settings.role is not None  # a connector keeps all layers as if they saw all tokens
         if whole and len({entry.seen for _, entry in flat if entry.seen and not entry.chunked}) > 1:
             return None
         of_state = size if settings.prefix_caching else settings.max_model_len
