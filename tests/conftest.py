@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 LONGEST = (
-    *("frozen", "cli", "search_search", "studies_explain", "docs_robust", "studies_check", "studies_capacity"),
+    *("frozen", "cli", "search_search", "studies_robust", "studies_explain", "docs_robust", "studies_check"),
+    *("studies_capacity", "studies_robust_rates", "studies_candidates"),
     *("profiles_operations", "simulator_handover", "simulator_kernel", "docs_pools", "process", "studies_steady"),
     *("formulations_plan_space", "search_bounds_isolated", "docs_examples", "docs_tour", "cost_model", "figures_stops"),
     *("solve", "docs_clusters", "packaging", "simulator_replay", "docs_adding", "report_html", "simulator_speculative"),

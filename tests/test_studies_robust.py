@@ -55,23 +55,28 @@ def ranked(problem: Problem, scored: Scored, factor: float) -> tuple[object, ...
     return tuple(in_time(problem, cost, one.name, factor) for cost, one in parts), *others
 
 
+@cache
+def simulated(problem: Problem, factor: float) -> list[Scored]:
+    """Every deployment simulated with a factor, once for all that is asked of it."""
+    return every(slowed(problem, factor))
+
+
 class Brute:
     """Every deployment simulated with every factor."""
 
     def __init__(self, problem: Problem, tied: set[str]) -> None:
         self.problem, self.tied = problem, tied
-        self.runs = cache(lambda factor: every(slowed(problem, factor)))
         (self.best, *others) = self.good(1.0)
         self.next = others[0] if others else None
         self.rival = next((one for one in others if one.text not in tied), None)
 
     def good(self, factor: float) -> list[Scored]:
-        found = [one for one in self.runs(factor) if one.meets_slos]
+        found = [one for one in simulated(self.problem, factor) if one.meets_slos]
         return sorted(found, key=lambda one: ranked(self.problem, one, factor))
 
     def own(self, factor: float) -> Scored:
         """The best, with its times so much longer."""
-        return Scorer(slowed(self.problem, factor)).simulate(self.best.deployment)
+        return next(one for one in simulated(self.problem, factor) if one.text == self.best.text)
 
     def all(self, factor: float) -> str | None:
         """What wins with the times of all."""
@@ -244,7 +249,7 @@ def test_tied_are_all_that_are_nearer_to_the_best_than_the_error(
     value, sign = by.value(best.metrics), -1 if by.maximise else 1
     near = [
         one
-        for one in every(problem)
+        for one in simulated(problem, 1.0)
         if one.meets_slos
         and one.text != best.text
         and sign * by.value(one.metrics) <= sign * value * (1 + sign * error)

@@ -4,28 +4,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numba
 from numba import config, types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.compiler_machinery import PassManager
 from numba.extending import intrinsic
 
 _njit: Any = numba.njit  # the stubs know some of its options
 
 
+_NEEDLESS: Final = frozenset(
+    {
+        *("with_lifting", "inline_closure_likes", "generic_rewrites", "rewrite dynamic raises"),
+        *("make_function_op_code_to_jit_function", "inline_inlinables", "find_literally", "literal_unroll"),
+        *("LiteralPropagation", "inline_overloads", "nopython_rewrites"),
+    }
+)
+"""Passes of numba for what functions of this folder lack: closures, `with`, exceptions, expressions of whole arrays,
+loops over tuples of several types. Each looks through a function and works out anew which variables live where."""
+
+
 class _Part(JITCodeLibrary):
     """LLVM's code of a function that is a part of its callers: optimised with all of it, and never run by itself.
 
-    Numba would optimise each function with all that it calls, and make machine code of it, before that of its callers.
+    Numba would copy all that a function calls into it, optimise it with that, and make machine code of it, before it
+    comes to its callers.
     """
 
-    def _optimize_final_module(self) -> None:
-        """Leave it to the whole."""
-
-    def _finalize_final_module(self) -> None:
-        """Make no machine code."""
+    def finalize(self) -> None:
+        """Leave it to the whole, and make no machine code."""
         self._finalized = True
 
     def get_pointer_to_function(self, name: str) -> int:
@@ -41,30 +51,76 @@ class _Part(JITCodeLibrary):
     def set_env(self, name: str, env: Any) -> None:
         """Set no constant."""
 
+    @property
+    def code(self) -> Any:
+        """LLVM's module of it alone."""
+        return self._final_module
+
+    def add_called(self, found: dict[JITCodeLibrary, None]) -> None:
+        """Add all that it calls, and what that calls, each once and after a caller of it."""
+        for library in self._linking_libraries:
+            if library not in found:
+                found[library] = None
+                if isinstance(library, _Part):
+                    library.add_called(found)
+
+
+def _shared(library: JITCodeLibrary) -> Any:
+    """LLVM's module of a function of numba's own with all that it calls, which others may hold as well."""
+    return library._get_module_for_linking()  # noqa: SLF001 - numba has no other way
+
 
 class _Whole(_Part):
     """That of a function with all that it calls, which is optimised; we make machine code of it ourselves."""
 
-    def _optimize_final_module(self) -> None:
+    def finalize(self) -> None:
+        """Copy each part once, and optimise all of it."""
+        module = self._final_module
+        mine = {function.name for function in module.functions if not function.is_declaration}
+        called: dict[JITCodeLibrary, None] = {}
+        self.add_called(called)
+        # Of numba's own functions LLVM copies only what is called by then, so they come after our parts.
+        for library in sorted(called, key=lambda one: not isinstance(one, _Part)):
+            module.link_in(library.code if isinstance(library, _Part) else _shared(library), preserve=True)
         # Nobody else calls its parts: what is called once is always inlined, which runs half as fast again.
-        for function in self._final_module.functions:
-            if not function.is_declaration and function.linkage.name == "linkonce_odr":
+        for function in module.functions:
+            if not function.is_declaration and function.name not in mine:
                 function.linkage = "internal"
-        super(_Part, self)._optimize_final_module()
+        self._optimize_final_module()
+        module.verify()
+        self._finalized = True
+
+
+class _Scalar(_Whole):
+    """The same without loops whose turns are computed side by side."""
+
+    def _optimize_final_module(self) -> None:
+        for options in ({"opt": 0, "cost": "cheap"}, {}):  # numba's own two rounds
+            managers = self._codegen._module_pass_manager  # noqa: SLF001 - numba has no other way
+            manager, builder = managers(loop_vectorize=False, **options)
+            manager.run(self._final_module, builder)
 
 
 class _AsPart(Compiler):
-    """Numba's compiler, whose code goes into such a library."""
+    """Numba's compiler without needless passes, whose code goes into such a library."""
 
     _library = _Part
 
     def define_pipelines(self) -> Any:
         self.state.library = self._library(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
-        return super().define_pipelines()
+        [usual] = super().define_pipelines()
+        lean = PassManager("lean")
+        lean.passes = [one for one in usual.passes if one[0].name() not in _NEEDLESS]
+        lean.finalize()
+        return [lean]
 
 
 class _AsWhole(_AsPart):
     _library = _Whole
+
+
+class _AsScalar(_AsPart):
+    _library = _Scalar
 
 
 def inner(function: Any, compiler: type[Compiler] = _AsPart) -> Any:
@@ -85,20 +141,21 @@ def outer(function: Any) -> Any:
     return _njit(nogil=True, error_model="numpy")(function)
 
 
-def native(function: Any, kinds: tuple[Any, ...]) -> str:
+def native(function: Any, kinds: tuple[Any, ...], vectors: bool = True) -> str:
     """What LLVM makes of a function that is given addresses of arrays, of these types, and integers.
 
     Parameters
     ----------
     function : that returns nothing
     kinds : `int`, or the type of an array's entries, for each parameter
+    vectors : bool    whether loops may compute several turns side by side
 
     Returns
     -------
     str    LLVM's text of the function and of all it calls, optimised
     """
     types_of = tuple(types.int64 if kind is int else types.CPointer(numba.from_dtype(kind)) for kind in kinds)
-    compiled = inner(function, _AsWhole)
+    compiled = inner(function, _AsWhole if vectors else _AsScalar)
     compiled.compile(types_of)
     return str(compiled.inspect_llvm(types_of))
 
