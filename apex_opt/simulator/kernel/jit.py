@@ -15,10 +15,9 @@ from numba.extending import intrinsic
 
 _njit: Any = numba.njit  # the stubs know some of its options
 
-
 _NEEDLESS: Final = frozenset(
     {
-        *("with_lifting", "inline_closure_likes", "generic_rewrites", "rewrite dynamic raises"),
+        *("with_lifting", "inline_closure_likes", "generic_rewrites", "Rewrite dynamic raises"),
         *("make_function_op_code_to_jit_function", "inline_inlinables", "find_literally", "literal_unroll"),
         *("LiteralPropagation", "inline_overloads", "nopython_rewrites"),
     }
