@@ -89,7 +89,7 @@ class Entry:
         function = spread(getattr(importlib.import_module(self.module), self.function), self.name, self.takes)
         if _with_arrays():
             return outer(function)
-        # Groups are few: their loops would be four times the machine code, and no faster.
+        # Groups are few: side by side their loops are half as much machine code again, and no faster.
         text = native(function, self._kinds, vectors=Groups not in self.takes)
         # Numba hands on where to put the result and the exception, then the arguments, and returns a status.
         defined = re.search(rf"^define .*?i32 @\"?([\w.$]*{self.name}[\w.$]*)\"?\((.*)", text, re.MULTILINE)
