@@ -63,6 +63,25 @@ class _Part(JITCodeLibrary):
                 if isinstance(library, _Part):
                     library.add_called(found)
 
+    def copy_called(self, module: Any) -> None:
+        """Copy all that it calls into a module that holds it, each once."""
+        called: dict[JITCodeLibrary, None] = {}
+        self.add_called(called)
+        # Of numba's own functions LLVM copies only what is called by then, so they come after our parts.
+        for library in sorted(called, key=lambda one: not isinstance(one, _Part)):
+            module.link_in(library.code if isinstance(library, _Part) else _shared(library), preserve=True)
+
+    def _get_module_for_linking(self) -> Any:
+        """With all that it calls, for a function that numba compiles by itself."""
+        if self._shared_module is None:
+            module = self._final_module.clone()
+            self.copy_called(module)
+            for function in module.functions:
+                if not function.is_declaration and function.linkage.name == "external":
+                    function.linkage = "linkonce_odr"
+            self._shared_module = module
+        return self._shared_module
+
 
 def _shared(library: JITCodeLibrary) -> Any:
     """LLVM's module of a function of numba's own with all that it calls, which others may hold as well."""
@@ -76,11 +95,7 @@ class _Whole(_Part):
         """Copy each part once, and optimise all of it."""
         module = self._final_module
         mine = {function.name for function in module.functions if not function.is_declaration}
-        called: dict[JITCodeLibrary, None] = {}
-        self.add_called(called)
-        # Of numba's own functions LLVM copies only what is called by then, so they come after our parts.
-        for library in sorted(called, key=lambda one: not isinstance(one, _Part)):
-            module.link_in(library.code if isinstance(library, _Part) else _shared(library), preserve=True)
+        self.copy_called(module)
         # Nobody else calls its parts: what is called once is always inlined, which runs half as fast again.
         for function in module.functions:
             if not function.is_declaration and function.name not in mine:
