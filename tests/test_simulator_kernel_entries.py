@@ -192,7 +192,8 @@ def test_with_arrays_nothing_is_kept(tmp_path: Path, variable: str) -> None:
 
 def test_where_numba_calls_functions_in_another_way_they_are_called_with_arrays(tmp_path: Path) -> None:
     write(tmp_path)
-    another = "import apex_opt.simulator.kernel.jit as jit\njit.native = lambda *_, **__: 'define i64 @doubled(i64 %a)'\n"
+    another = "import apex_opt.simulator.kernel.jit as jit\n"
+    another += "jit.native = lambda *_, **options: 'define i64 @doubled(i64 %a)'\n"
     (tmp_path / "asking.py").write_text(another + FILES["asking.py"])
     assert run(tmp_path, "not yet") == ""
     assert kept(tmp_path) == []
