@@ -115,7 +115,18 @@ def _check_whole(settings: EngineSettings, computed: NDArray[np.int64]) -> None:
 
 
 def pushed_over(prefill: EnginePool, decode: EnginePool, trace: Trace) -> bool:
-    """Whether prompts are handed over as SGLang does it; refused where a decode instance could never have room."""
+    """Whether prompts are handed over as SGLang does it.
+
+    Parameters
+    ----------
+    prefill, decode : EnginePool    the two sides
+    trace : Trace
+
+    Raises
+    ------
+    UsageError       sides of two engines
+    CapacityError    a request for which a decode instance could never have room
+    """
     kinds = {type(pool.settings.scheduler) for pool in (prefill, decode)}
     if len(kinds) > 1:
         raise UsageError("prefill and decode instances are of the same engine")
@@ -133,7 +144,18 @@ def pushed_over(prefill: EnginePool, decode: EnginePool, trace: Trace) -> bool:
 
 
 def check_moving(pools: Sequence[EnginePool], trace: Trace, rules: Rescheduling) -> None:
-    """Refuse replicas between which no request can move."""
+    """Refuse replicas between which no request can move.
+
+    Parameters
+    ----------
+    pools : sequence of EnginePool    of the deployment
+    trace : Trace
+    rules : Rescheduling              when requests move
+
+    Raises
+    ------
+    UsageError    several pools, an engine or a trace that moves are not modelled for, or replicas that are not there
+    """
     settings = pools[0].settings
     plain = pools[0].ranks is None and not settings.kv_groups and settings.speculation is None
     if len(pools) > 1 or not plain or not isinstance(settings.scheduler, VllmScheduling) or settings.prefix_caching:

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 
 
 def run(asked: Asked, *, log: bool, gaps: bool) -> DisaggregatedOutcome:
-    """Run a trace through the kernel; parameters are those of `pack.disaggregated.run`."""
+    """Run a trace through the kernel.
+
+    Parameters
+    ----------
+    asked : Asked
+    log : bool     whether every batch is told
+    gaps : bool    whether the times between tokens are told
+    """
     return served(partial(_Pushing, asked), logged=log or gaps).outcome(log=log, gaps=gaps)
 
 
