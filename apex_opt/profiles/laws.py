@@ -35,6 +35,7 @@ from apex_opt.profiles.shapes import (
     LATENT_RANK,
     LATENT_ROPE,
     MOE_SCALE,
+    STATE_CHUNKS,
     STATE_SCALE,
     Shapes,
 )
@@ -236,7 +237,7 @@ class Source:
         if op == "convolution":
             work = convolution_work(heads, key)
         else:
-            work = recurrence_work(op, heads, key, value, key_heads, _STATE_BYTES)
+            work = recurrence_work(op, heads, key, value, key_heads, _STATE_BYTES, STATE_CHUNKS[op])
         decode = kind == "state_decode"
         size = table["batch" if decode else "length"][chosen]
         bound = self.bound_s(Arithmetic.of("bf16"), *(work.of_step(size) if decode else work.of_prompt(size)))

@@ -30,6 +30,9 @@ _LATENT: Final = {"kv_heads": np.array([1]), "head_dim": np.array([LATENT_RANK +
 ENCODER_SCALE: Final = (1.0, 2.0)
 STATE_SCALE: Final = (1.0, 1.0, 1.0, 0.5)
 """Distance between two states per factor of e: matrices, rows, columns, heads of queries and keys."""
+STATE_CHUNKS: Final = {"gated_delta": 64, "kda": 64, "mamba2": 128, "mamba1": 1, "lightning": 256}
+"""Tokens of a prompt that the kernels in tables of states compute at once: of Mamba2 as Nemotron has it, of lightning
+attention as MiniMax-Text-01 has it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

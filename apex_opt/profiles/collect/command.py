@@ -34,8 +34,12 @@ _BOARDS: Final = ("pcie", "nvl")
 _ABOUT: Final = {
     "gemm": "out[m,n] = in[m,k] W[n,k]^T; float8 with one scale per row and column, quantising the input not included",
     "moe": "fused experts, gate-up and down, routing uniform at random",
-    "attention_decode": "paged attention of one new token per sequence, all of one length",
+    "attention_decode": "paged attention of one new token per sequence, all of one length; blocks outside a window are "
+    "the null block",
     "attention_prefill": "causal attention over one whole prompt",
+    "state_decode": "recurrences with the kernels of their gates, states in 32 bits, and convolutions: one new token "
+    "per sequence",
+    "state_prefill": "the same over one prompt without a state before it; Mamba2 in chunks of 128, lightning of 256",
     "memory": "device copy, fused add and RMSNorm, SiLU and multiply; small sizes are served from the L2 cache",
     "collective": "within one node; bytes are those of the whole vector: input of reductions, output of gathers",
 }
@@ -87,7 +91,7 @@ def collect(
     InputError      no point could be measured, a folder that cannot be written
     """
     effort = _QUICK if quick else Effort()
-    kinds = [kind for op in OPS if op in ops for kind in OPS[op]]
+    kinds = list(dict.fromkeys(kind for op in OPS if op in ops for kind in OPS[op]))
     passed_over = [(kind, why) for kind in kinds if (why := machine.lacks(kind))]
     asked = [point for point in points(ops, gpu, machine.gpus, quick=quick) if not machine.lacks(point.kind)]
     found: list[tuple[Point, Result]] = []

@@ -18,12 +18,21 @@ OPS: Final[Mapping[str, tuple[str, ...]]] = {
     "gemm": ("gemm",),
     "moe": ("moe",),
     "attention": ("attention_decode", "attention_prefill"),
+    "window": ("attention_decode", "attention_prefill"),
+    "state": ("state_decode", "state_prefill"),
     "memory": ("memory",),
     "collective": ("collective",),
 }
 """Operations that can be asked for, and their kinds of table."""
 
 _HALF_BYTES: Final = 2
+_STATE_BYTES: Final = 4
+_CHUNK: Final = 64
+"""Tokens of a prompt after each of which kernels keep the state, at the least."""
+_FILLED: Final = (1, 2, 8)
+"""Contexts of decoding sequences, in windows: the law of a window reads those of at least two."""
+_OVERWRITING: Final = ("kda", "convolution")
+"""What vLLM's kernels write over what they read, so that another call draws less than a model's would."""
 _MOST_COPIES: Final = 1024
 
 
@@ -57,7 +66,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Grid:
-    """Sizes of all points; shapes of attention are (heads, KV heads, width), of experts (hidden, FFN, all, top k)."""
+    """Sizes of all points.
+
+    Shapes of attention are (heads, KV heads, width), behind their window where they have one; of experts (hidden, FFN,
+    all, top k); of recurrences (kind, matrices of the state, rows, columns, heads of queries and keys); of convolutions
+    (channels, tokens).
+    """
 
     rows: tuple[int, ...]
     widths: tuple[int, ...]
@@ -70,6 +84,9 @@ class _Grid:
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
     lengths: tuple[int, ...]
+    windows: tuple[tuple[int, int, int, int], ...]
+    states: tuple[tuple[str, int, int, int, int], ...]
+    convolutions: tuple[tuple[int, int], ...]
     copied: tuple[int, ...]
     hidden: tuple[int, ...]
     vectors: tuple[int, ...]
@@ -78,6 +95,9 @@ class _Grid:
 _POWERS: Final = tuple(2**power for power in range(31))
 # Powers of two make a full grid, between whose points shapes are interpolated; experts and heads are those of published
 # models: Mixtral 8x7B and 8x22B, Qwen3 30B-A3B and 235B-A22B, DeepSeek-V3, gpt-oss-120b; Llama 3, Qwen 2.5, gpt-oss.
+# Windows are those of gpt-oss, Gemma 3 27B and Mistral 7B; states those of Qwen3-Next 80B-A3B, Qwen3.5 27B and
+# 397B-A17B, Kimi Linear, Kimi K3, Nemotron 3 Nano and Super, MiniMax-Text-01, with the convolutions before them, and
+# that of LFM2.
 _FULL: Final = _Grid(
     rows=(1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192),
     widths=_POWERS[9:18],
@@ -97,6 +117,18 @@ _FULL: Final = _Grid(
     batches=_POWERS[:10],
     contexts=_POWERS[7:18],
     lengths=_POWERS[4:16],
+    windows=((128, 64, 8, 64), (1024, 32, 16, 128), (4096, 32, 8, 128)),
+    states=(
+        ("gated_delta", 32, 128, 128, 16),
+        ("gated_delta", 48, 128, 128, 16),
+        ("gated_delta", 64, 128, 128, 16),
+        ("kda", 32, 128, 128, 32),
+        ("kda", 96, 128, 128, 96),
+        ("mamba2", 64, 128, 64, 8),
+        ("mamba2", 128, 128, 64, 8),
+        ("lightning", 64, 128, 128, 64),
+    ),
+    convolutions=((2048, 3),),
     copied=_POWERS[14:31:2],
     hidden=(2048, 4096, 8192),
     vectors=_POWERS[10:29],
@@ -113,6 +145,14 @@ _QUICK: Final = _Grid(
     batches=(1, 16, 128),
     contexts=(128, 1024, 8192, 32768),
     lengths=(16, 256, 2048, 8192),
+    windows=((128, 64, 8, 64),),
+    states=(
+        ("gated_delta", 32, 128, 128, 16),
+        ("kda", 32, 128, 128, 32),
+        ("mamba2", 64, 128, 64, 8),
+        ("lightning", 64, 128, 128, 64),
+    ),
+    convolutions=(),
     copied=(2**14, 2**20, 2**28),
     hidden=(4096,),
     vectors=(2**12, 2**18, 2**24, 2**28),
@@ -150,6 +190,8 @@ def points(ops: Sequence[str], gpu: Gpu, gpus: int, *, quick: bool) -> tuple[Poi
         "gemm": lambda: _gemm(grid, gpu),
         "moe": lambda: _moe(grid, gpu),
         "attention": lambda: _attention(grid, gpu),
+        "window": lambda: _windows(grid, gpu),
+        "state": lambda: _states(grid),
         "memory": lambda: _memory(grid),
         "collective": lambda: _collective(grid, gpus),
     }
@@ -191,7 +233,7 @@ def _attention(grid: _Grid, gpu: Gpu) -> Iterator[Point]:
     for (heads, kv_heads, width), batch, context in product(grid.heads, grid.batches, grid.contexts):
         yield Point(
             kind="attention_decode",
-            key=_heads(gpu, heads, kv_heads, width, batch, "context", context),
+            key=_heads(gpu, (heads, kv_heads, width), 0, batch, "context", context),
             cold_bytes=2 * batch * context * kv_heads * width * _HALF_BYTES,
             shared_bytes=2 * batch * heads * width * _HALF_BYTES,
             energy=batch in grid.energy_rows,
@@ -199,19 +241,87 @@ def _attention(grid: _Grid, gpu: Gpu) -> Iterator[Point]:
     for (heads, kv_heads, width), length in product(grid.heads, grid.lengths):
         yield Point(
             kind="attention_prefill",
-            key=_heads(gpu, heads, kv_heads, width, 1, "length", length),
+            key=_heads(gpu, (heads, kv_heads, width), 0, 1, "length", length),
             # The prompt's keys and values were just written: an engine finds them in the cache too.
             shared_bytes=2 * length * (heads + kv_heads) * width * _HALF_BYTES,
             energy=length in grid.energy_rows,
         )
 
 
+def _windows(grid: _Grid, gpu: Gpu) -> Iterator[Point]:
+    """The same under windows, with heads whole and split: sequences that fill their window, and whole prompts."""
+    for (window, heads, kv_heads, width), split in product(grid.windows, grid.splits):
+        shape = (heads // split, kv_heads // split, width)
+        token_bytes = 2 * shape[1] * width * _HALF_BYTES
+        for batch, filled in product(grid.batches, _FILLED):
+            yield Point(
+                kind="attention_decode",
+                key=_heads(gpu, shape, window, batch, "context", filled * window),
+                # Blocks that no query sees any more are given back.
+                cold_bytes=batch * window * token_bytes,
+                shared_bytes=2 * batch * shape[0] * width * _HALF_BYTES,
+                energy=batch in grid.energy_rows,
+            )
+        for length in grid.lengths:
+            yield Point(
+                kind="attention_prefill",
+                key=_heads(gpu, shape, window, 1, "length", length),
+                shared_bytes=2 * length * (shape[0] + shape[1]) * width * _HALF_BYTES,
+                energy=length in grid.energy_rows,
+            )
+
+
 def _heads(
-    gpu: Gpu, heads: int, kv_heads: int, width: int, batch: int, name: str, size: int
+    gpu: Gpu, shape: tuple[int, int, int], window: int, batch: int, name: str, size: int
 ) -> tuple[tuple[str, str | int], ...]:
     """The key of an attention point."""
-    shape = (("heads", heads), ("kv_heads", kv_heads), ("head_dim", width), ("window", 0))
-    return (("dtype", gpu.half_dtype), *shape, ("batch", batch), (name, size))
+    heads = zip(("heads", "kv_heads", "head_dim"), shape, strict=True)
+    return (("dtype", gpu.half_dtype), *heads, ("window", window), ("batch", batch), (name, size))
+
+
+def _states(grid: _Grid) -> Iterator[Point]:
+    """Recurrences, their states whole and split, and convolutions: a new token of each sequence, then one prompt."""
+    for op, *shape in _shapes(grid):
+        heads, key, value, key_heads = shape
+        name = tuple(zip(("op", "heads", "key", "value", "key_heads"), (op, *shape), strict=True))
+        if op == "convolution":
+            state_bytes, token_bytes = (key - 1) * heads * _HALF_BYTES, 2 * heads * _HALF_BYTES
+            kept_bytes = 0
+        else:
+            state_bytes = heads * key * value * _STATE_BYTES
+            token_bytes = 2 * (key_heads * key + heads * value) * _HALF_BYTES
+            kept_bytes = state_bytes
+        for batch in grid.batches:
+            yield Point(
+                kind="state_decode",
+                key=(*name, ("batch", batch)),
+                cold_bytes=batch * state_bytes,
+                shared_bytes=batch * token_bytes,
+                energy=batch in grid.energy_rows and op not in _OVERWRITING,
+            )
+        for length in grid.lengths:
+            yield Point(
+                kind="state_prefill",
+                key=(*name, ("length", length)),
+                # What chunks hand on to each other, and what is solved for within them, in copies of the operands.
+                shared_bytes=4 * length * token_bytes + ceil_div(length, _CHUNK) * kept_bytes,
+                energy=length in grid.energy_rows and op not in _OVERWRITING,
+            )
+
+
+def _shapes(grid: _Grid) -> tuple[tuple[str, int, int, int, int], ...]:
+    """Recurrences and the convolutions of what goes into them, whole and split; each once."""
+    inputs = [
+        (heads * value + 2 * key_heads * key, 4)
+        for op, heads, key, value, key_heads in grid.states
+        if op != "lightning"
+    ]
+    convolutions = [("convolution", channels, tokens, 1, 1) for channels, tokens in (*inputs, *grid.convolutions)]
+    found = [
+        (op, heads // split, key, value, max(key_heads // split, 1))
+        for (op, heads, key, value, key_heads), split in product((*grid.states, *convolutions), grid.splits)
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 def _memory(grid: _Grid) -> Iterator[Point]:

@@ -65,7 +65,7 @@ class TorchMachine:
         self.hardware = ", ".join(filter(None, (self.name, self._counter.about)))
         kernels = (
             f"kernels as vLLM {self._vllm} calls them: cuBLAS (16 bit), CUTLASS (fp8), Triton fused experts, "
-            f"FlashAttention; all-reduce and the other collectives by NCCL"
+            f"FlashAttention, recurrences and convolutions over states; all-reduce and the other collectives by NCCL"
             if self._vllm
             else "torch's own kernels: cuBLAS, scaled_dot_product_attention, torch.compile; collectives by NCCL"
         )
@@ -75,6 +75,8 @@ class TorchMachine:
         """Why a kind of table cannot be measured, empty where it can."""
         if kind == "moe" and not self._vllm:
             return "torch has no fused experts; install vllm"
+        if kind.startswith("state_") and not self._vllm:
+            return "torch has no recurrences over states; install vllm"
         if kind == "collective" and self.gpus < 2:
             return "needs two GPUs"
         return ""
@@ -129,6 +131,8 @@ class TorchMachine:
             "memory": self._memory,
             "attention_decode": self._attention,
             "attention_prefill": self._attention,
+            "state_decode": self._states,
+            "state_prefill": self._states,
         }
         with self._named():
             return builder[point.kind](key, copies)
@@ -232,8 +236,18 @@ class TorchMachine:
         """One layer: a new token per sequence, or a whole prompt."""
         batch, heads, kv_heads, width = (key[name] for name in ("batch", "heads", "kv_heads", "head_dim"))
         new, context = (1, key["context"]) if "context" in key else (key["length"], key["length"])
-        build = self._paged if self._vllm else self._contiguous
-        return build((batch, heads, kv_heads, width), new, context, copies, self._half(key))
+        shape, window, dtype = (batch, heads, kv_heads, width), key["window"], self._half(key)
+        if self._vllm:
+            return self._paged(shape, new, context, window, copies, dtype)
+        if window:
+            raise CallError("torch's own attention computes what a window leaves out as well; install vllm")
+        return self._contiguous(shape, new, context, copies, dtype)
+
+    def _states(self, key: dict[str, Any], copies: int) -> list[Call]:
+        """Recurrences and convolutions by vLLM's kernels."""
+        from apex_opt.profiles.collect.torch_states import state_calls
+
+        return state_calls(self._torch, self._device, key, copies)
 
     def _contiguous(
         self, shape: tuple[int, int, int, int], new: int, context: int, copies: int, dtype: Any
@@ -248,13 +262,17 @@ class TorchMachine:
         call = partial(attend, query, is_causal=new > 1, enable_gqa=heads != kv_heads)
         return [partial(call, keys, values) for keys, values in caches]
 
-    def _paged(self, shape: tuple[int, int, int, int], new: int, context: int, copies: int, dtype: Any) -> list[Call]:
-        """FlashAttention as vLLM calls it, over a paged cache."""
+    def _paged(
+        self, shape: tuple[int, int, int, int], new: int, context: int, window: int, copies: int, dtype: Any
+    ) -> list[Call]:
+        """FlashAttention as vLLM calls it, over a paged cache; of what a window leaves behind no block is held."""
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
         from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
         torch, (batch, heads, kv_heads, width) = self._torch, shape
         pages = -(-context // _PAGE)
+        behind = max(context - new + 1 - window, 0) // _PAGE if window else 0
+        held = pages - behind
 
         def whole(values: Any) -> Any:
             return torch.as_tensor(values, device=self._device, dtype=torch.int32)
@@ -265,8 +283,8 @@ class TorchMachine:
         lengths = whole([context] * batch)
         version = get_flash_attn_version()
         schedule = None
-        if version == 3:
-            # vLLM computes it once a step, for all layers.
+        if version == 3 and not window:
+            # vLLM computes it once a step, for all layers, and not at all where they differ in their windows.
             schedule = get_scheduler_metadata(
                 batch_size=batch,
                 max_seqlen_q=new,
@@ -289,13 +307,15 @@ class TorchMachine:
             seqused_k=lengths,
             max_seqlen_k=context,
             causal=True,
+            window_size=[window - 1, 0] if window else [-1, -1],
             scheduler_metadata=schedule,
             fa_version=version,
         )
         calls: list[Call] = []
         for _ in range(copies):
-            keys, values = (self._random(batch * pages, _PAGE, kv_heads, width, dtype=dtype) for _ in range(2))
-            table = torch.randperm(batch * pages, device=self._device).to(torch.int32).view(batch, pages)
+            keys, values = (self._random(batch * held + 1, _PAGE, kv_heads, width, dtype=dtype) for _ in range(2))
+            table = torch.zeros(batch, pages, device=self._device, dtype=torch.int32)  # block 0 is the null block
+            table[:, behind:] = torch.randperm(batch * held, device=self._device).view(batch, held) + 1
             calls.append(partial(call, k=keys, v=values, block_table=table))
         return calls
 
