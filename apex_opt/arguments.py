@@ -454,13 +454,14 @@ class ProfileCollectAsk(Arguments):
 
     Parameters
     ----------
-    ops : Operations to measure: gemm, moe, attention, memory, collective.
+    ops : Operations to measure: gemm, moe, attention, window (attention over windows), state (recurrences and
+        convolutions that keep a state), memory, collective.
     gpu : What the GPU is, where its name does not say it: one listed by solve.py clusters, or path of a cluster file.
     quick : Measure a few points of every table, and no energy.
     target : Folder to write to; <accelerator>/<source> in it is replaced.
     """
 
-    ops: str = "gemm,moe,attention,memory,collective"
+    ops: str = "gemm,moe,attention,window,state,memory,collective"
     gpu: str | None = None
     quick: bool = False
     target: str = "profiles"

@@ -133,7 +133,8 @@ _TEXTS: Final[Mapping[str, tuple[type[General], str]]] = {
         "  solve.py profile collect --ops=gemm,attention --target=profiles\n"
         "  solve.py plan --profiles=profiles\n\n"
         "Needs torch with CUDA; takes vLLM's kernels where vllm is installed, else torch's own, and reads the energy "
-        "counter where pynvml is. Estimated to take half an hour, with --quick two minutes. Exit code: 0 with a folder "
+        "counter where pynvml is. Experts, windows and states need vllm, and are named where it is missing. Estimated "
+        "to take an hour, with --quick five minutes, much of it compiling. Exit code: 0 with a folder "
         "written, 2 without a GPU or torch.",
     ),
     "profile fit": (

@@ -316,7 +316,8 @@ def test_what_fails_or_does_not_fit_is_counted_and_the_rest_is_written(tmp_path:
     )
     found = collect(machine, H200, tmp_path, tuple(OPS), "2026-10-01", quick=True)
     reports = {report.kind: report for report in found.reports}
-    assert set(reports) == {"gemm", "attention_decode", "attention_prefill", "memory"}
+    kinds = {"gemm", "attention_decode", "attention_prefill", "state_decode", "state_prefill", "memory"}
+    assert set(reports) == kinds
     # Of 90 products half are in fp8; the largest of the others does not fit.
     assert dict(reports["gemm"].dropped) == {"larger than the memory that is free": 1, "no such kernel": 45}
     assert dict(reports["attention_decode"].dropped)["larger than the memory that is free"] > 0

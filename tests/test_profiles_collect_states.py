@@ -320,7 +320,8 @@ def test_windows_hold_the_blocks_that_are_seen_and_no_others(called: list[Any]) 
         assert sorted(held.ravel().tolist()) == list(range(1, key["batch"] * seen + 1))
         assert more["k"].shape == (key["batch"] * seen + 1, 16, key["kv_heads"], 64)
         if "context" in key:
-            assert point.cold_bytes == 2 * 2 * key["batch"] * 128 * key["kv_heads"] * 64
+            read = 2 * 2 * key["batch"] * 128 * key["kv_heads"] * 64
+            assert point.cold_bytes == (read if read >= 2**16 else 0)
     # Without a window the schedule is made once a step.
     plain = points(("attention",), H200, 1, quick=True)[0]
     called.clear()

@@ -34,6 +34,8 @@ _FILLED: Final = (1, 2, 8)
 _OVERWRITING: Final = ("kda", "convolution")
 """What vLLM's kernels write over what they read, so that another call draws less than a model's would."""
 _MOST_COPIES: Final = 1024
+_LEAST_TURNED: Final = 2**16
+"""Bytes that take a hundredth of a launch to read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +260,7 @@ def _windows(grid: _Grid, gpu: Gpu) -> Iterator[Point]:
                 kind="attention_decode",
                 key=_heads(gpu, shape, window, batch, "context", filled * window),
                 # Blocks that no query sees any more are given back.
-                cold_bytes=batch * window * token_bytes,
+                cold_bytes=_turned(batch * window * token_bytes),
                 shared_bytes=2 * batch * shape[0] * width * _HALF_BYTES,
                 energy=batch in grid.energy_rows,
             )
@@ -281,9 +283,8 @@ def _heads(
 
 def _states(grid: _Grid) -> Iterator[Point]:
     """Recurrences, their states whole and split, and convolutions: a new token of each sequence, then one prompt."""
-    for op, *shape in _shapes(grid):
-        heads, key, value, key_heads = shape
-        name = tuple(zip(("op", "heads", "key", "value", "key_heads"), (op, *shape), strict=True))
+    for op, heads, key, value, key_heads in _shapes(grid):
+        shape = (("heads", heads), ("key", key), ("value", value), ("key_heads", key_heads))
         if op == "convolution":
             state_bytes, token_bytes = (key - 1) * heads * _HALF_BYTES, 2 * heads * _HALF_BYTES
             kept_bytes = 0
@@ -294,19 +295,24 @@ def _states(grid: _Grid) -> Iterator[Point]:
         for batch in grid.batches:
             yield Point(
                 kind="state_decode",
-                key=(*name, ("batch", batch)),
-                cold_bytes=batch * state_bytes,
+                key=(("op", op), *shape, ("batch", batch)),
+                cold_bytes=_turned(batch * state_bytes),
                 shared_bytes=batch * token_bytes,
                 energy=batch in grid.energy_rows and op not in _OVERWRITING,
             )
         for length in grid.lengths:
             yield Point(
                 kind="state_prefill",
-                key=(*name, ("length", length)),
+                key=(("op", op), *shape, ("length", length)),
                 # What chunks hand on to each other, and what is solved for within them, in copies of the operands.
                 shared_bytes=4 * length * token_bytes + ceil_div(length, _CHUNK) * kept_bytes,
                 energy=length in grid.energy_rows and op not in _OVERWRITING,
             )
+
+
+def _turned(size: int) -> int:
+    """What operands are taken in turn for; of so little that even many of them fit a cache, nothing."""
+    return size if size >= _LEAST_TURNED else 0
 
 
 def _shapes(grid: _Grid) -> tuple[tuple[str, int, int, int, int], ...]:
