@@ -454,8 +454,8 @@ class ProfileCollectAsk(Arguments):
 
     Parameters
     ----------
-    ops : Operations to measure: gemm, moe, attention, window (attention over windows), state (recurrences and
-        convolutions that keep a state), memory, collective.
+    ops : Operations to measure, all of these unless told otherwise: gemm, moe, attention, window (attention over
+        windows), state (recurrences and convolutions that keep a state), memory, collective.
     gpu : What the GPU is, where its name does not say it: one listed by solve.py clusters, or path of a cluster file.
     quick : Measure a few points of every table, and no energy.
     target : Folder to write to; <accelerator>/<source> in it is replaced.
