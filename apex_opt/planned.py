@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from apex_opt.workload import Trace
 
 
-def resolve_plan(text: str, ask: Ask, *, rated: bool = False) -> tuple[Problem, Deployment]:
+def resolve_plan(text: str, ask: Ask, *, rated: bool = False, ran: bool = False) -> tuple[Problem, Deployment]:
     """A deployment from its text form, and the problem it answers; formats it does not name are those asked for.
 
     Parameters
@@ -34,12 +35,13 @@ def resolve_plan(text: str, ask: Ask, *, rated: bool = False) -> tuple[Problem, 
     text : str      as it was given
     ask : Ask       what was asked
     rated : bool    whether a rate is asked for, rather than that of the trace
+    ran : bool      whether it ran and was measured, so that it may be what the search does not look for
 
     Raises
     ------
     ApexError    as `resolve` and `planned`
     """
-    return planned(text, ask, resolve(ask, rated=rated))
+    return planned(text, ask, resolve(ask, rated=rated), ran=ran)
 
 
 def resolve_deployed(setup: Setup, text: str) -> Deployed:
@@ -52,7 +54,7 @@ def resolve_deployed(setup: Setup, text: str) -> Deployed:
     given = {field.name: getattr(setup, field.name) for field in fields(Setup)}
 
     def asked(trace: str | Trace) -> tuple[Problem, Deployment]:
-        return resolve_plan(text, SimulateAsk(**given, plan=text, trace=trace))
+        return resolve_plan(text, SimulateAsk(**given, plan=text, trace=trace), ran=True)
 
     problem, deployment = asked("static:n=1,prompt=16,output=2")
     if problem.several or not isinstance(setup.cluster, str) or not isinstance(setup.model, str):
@@ -93,7 +95,7 @@ def resolve_plans(texts: Sequence[str], ask: Ask) -> tuple[tuple[Problem, Deploy
     return asked
 
 
-def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]:
+def planned(text: str, ask: Ask, problem: Problem, *, ran: bool = False) -> tuple[Problem, Deployment]:
     """A deployment from its text form, on the GPUs of a problem, and the problem with its formats alone.
 
     Parameters
@@ -101,6 +103,7 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
     text : str    as it was given
     ask : Ask     what was asked
     problem
+    ran : bool    whether it ran and was measured
 
     Raises
     ------
@@ -109,6 +112,8 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
     deployment = parse_deployment(text, problem.model, problem.types)
     pools, offers = [], {offer.name: offer for offer in problem.offers}
     for pool in deployment.pools:
+        if not ran:
+            _check_copies(pool.plan, text)
         if pool.plan.on and not problem.mixed:
             raise UsageError(
                 f"plan {text!r}: on= puts stages on several types of GPU, and {problem.cluster.name} has one; leave it "
@@ -134,6 +139,22 @@ def planned(text: str, ask: Ask, problem: Problem) -> tuple[Problem, Deployment]
     notes = tuple(dict.fromkeys((*problem.notes, *blind)))
     problem = replace(problem, offers=tuple(offers.values()), batch_limits=((None, None),), notes=notes)
     return problem, replace(deployment, pools=tuple(pools))
+
+
+def _check_copies(plan: Plan, text: str) -> None:
+    """Refuse copies of the whole model that are not written as replicas, which is what the search knows them as."""
+    attention, ffn = plan.attention, plan.ffn
+    if (copies := math.gcd(attention.dp, ffn.dp)) > 1:
+        apart = replace(
+            plan,
+            replicas=plan.replicas * copies,
+            attention=replace(attention, dp=attention.dp // copies),
+            ffn=replace(ffn, dp=ffn.dp // copies),
+        )
+        raise UsageError(
+            f"plan {text!r:.100}: attention dp{attention.dp} and FFN dp{ffn.dp} are {copies} copies of the whole, "
+            f"which are replicas; write {apart}"
+        )
 
 
 def _drafting(named: tuple[Drafter | None, ...], ask: Ask, problem: Problem) -> Problem:

@@ -89,6 +89,24 @@ def test_a_plan_with_stages_on_several_types_is_for_no_one_cluster() -> None:
             resolve_plan(f"pp2 bf16 on={types}", options(cluster="2xh100-sxm"))
 
 
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("attn(dp2,tp2) ffn(dp2,tp2)", "dp2 attn(tp2) ffn(tp2) bf16"),
+        ("dp2 attn(dp4) ffn(dp2,tp2)", "dp4 attn(dp2) ffn(tp2) bf16"),
+    ],
+)
+def test_copies_of_the_whole_are_written_as_the_replicas_that_the_search_knows(text: str, written: str) -> None:
+    # Their figures are of copies that share their limits, so that one could be better than what is called the best.
+    with pytest.raises(
+        UsageError, match=rf"are 2 copies of the whole, which are replicas; write {re.escape(written)}$"
+    ):
+        resolve_plan(text, options(cluster="8xh100-sxm"))
+    assert str(resolve_plan(written, options(cluster="8xh100-sxm", routing="round_robin"))[1]).startswith(written)
+    # A measurement is of what ran.
+    assert resolve_plan(text, options(cluster="8xh100-sxm"), ran=True)[1].plan.devices
+
+
 def test_a_price_that_is_given_stands_in_place_of_the_catalogues() -> None:
     gpu = resolve(options(cluster="2xh100-sxm")).cluster.gpu
     priced = resolve(options(cluster="2xh100-sxm", price=2.25)).cluster.gpu
