@@ -128,10 +128,11 @@ class Ask(Setup):
     shares : What prompts and answers may have of each GPU where it is shared, several with commas: 80/100 in per cent,
         pdmux for SGLang's multiplexing, pdmux:72/60 for one division of it, in multiprocessors. By default what
         --runnable can start, or with any a few of each (docs/phases.md).
-    overlap : What plans may overlap: none, two_batches, which splits a forward of attention copies into two halves, one
+    overlap : What plans overlap: none, two_batches, which splits a forward of attention copies into two halves, one
         of which computes while the other sends tokens to their experts (vLLM's DBO, SGLang's TBO), nano_batches, with
         which arithmetic, memory and links work at one time (NanoFlow's, with --runnable=any alone), or several with
-        commas between them to choose from (docs/overlap.md).
+        commas between them to choose from. Only plans that overlap in one of these ways are looked at: two_batches
+        alone leaves out those that overlap nothing, none,two_batches looks at both (docs/overlap.md).
     handover : What it takes to hand a prompt from one pool to another, such as proxy_us=2000,rate_share=0.5; also
         notice_us, post_us and descriptor_us. By default as published for the engine.
     chunked_prefill : Whether a prompt may be split over batches: true or false; by default the engine's.
@@ -141,7 +142,7 @@ class Ask(Setup):
         the most drafts to choose from; shares of rows in which at least one draft is right, two, ..., such as
         0.8/0.6/0.4; or a JSON file of counts by position in the output. By default as published for the model.
     prefix_caching : Whether prompts that begin alike share their KV blocks, for traces that say what prompts contain:
-        true or false; by default the engine's.
+        true or false; by default false, though it is the engines' own default.
     seed : Seed of described traces.
     emit : Print the commands that start the plan on the engine of --engine, and what they cannot say.
     """

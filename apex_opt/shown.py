@@ -69,10 +69,10 @@ class Front(Sourced):
 
     Parameters
     ----------
-    plot : PNG file to draw the front into; needs apex-opt[report].
+    plot : PNG or SVG file to draw the front into; needs apex-opt[report].
     """
 
-    plot: Annotated[str | None, Param(suffix=".png")] = None
+    plot: Annotated[str | None, Param(suffix=".png or .svg")] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +96,11 @@ class Judged(Sourced):
 
     Parameters
     ----------
-    plot : PNG file to draw predicted against measured into; needs apex-opt[report].
+    plot : PNG or SVG file to draw predicted against measured into; needs apex-opt[report].
     limit : Runs to show in the table, of more those with the largest errors; json has all.
     """
 
-    plot: Annotated[str | None, Param(suffix=".png")] = None
+    plot: Annotated[str | None, Param(suffix=".png or .svg")] = None
     limit: Annotated[int, Param(1, 100_000)] = 30
 
 

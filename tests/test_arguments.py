@@ -16,7 +16,7 @@ from apex_opt.cluster import list_presets
 from apex_opt.described import COMMANDS, GROUPS
 from apex_opt.engines import kind_names
 from apex_opt.errors import UnknownNameError, UsageError
-from apex_opt.gate import LONGEST_TEXT, REQUIRED
+from apex_opt.gate import LONGEST_TEXT, REQUIRED, options_of
 from apex_opt.ir import FORMATS, KV_BYTES
 from apex_opt.plans.routing import ROUTINGS
 from apex_opt.usage import wrapped
@@ -34,6 +34,21 @@ def test_defaults_pass_their_own_checks(name: str) -> None:
             values = option.default if isinstance(option.default, tuple) else (option.default,)
             spelled = ",".join(map(str, values))
             assert option.read(spelled.lower() if option.kind is bool else spelled) == option.default
+
+
+@pytest.mark.parametrize("name", ["pareto", "validate", "place", "cluster show"])
+def test_every_picture_may_be_png_or_svg(name: str) -> None:
+    (plot,) = (option for option in options_of(COMMANDS[name].shown) if option.name == "plot")
+    assert (plot.read("a.png"), plot.read("a.svg")) == ("a.png", "a.svg")
+    assert "PNG or SVG" in plot.text
+    with pytest.raises(UsageError, match=r"ends in \.png or \.svg"):
+        plot.read("a.pdf")
+
+
+def test_help_says_what_prefix_caching_and_overlap_do_unless_told_otherwise() -> None:
+    told = {option.name: option.text for option in PLAN.options}
+    assert "by default false" in told["prefix_caching"]
+    assert "Only plans that overlap in one of these ways are looked at" in told["overlap"]
 
 
 def test_every_preset_is_named_in_the_help() -> None:

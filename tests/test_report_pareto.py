@@ -63,6 +63,12 @@ def test_the_picture_is_a_png_and_nothing_is_left_beside_it(tmp_path: Path, name
     assert [path.name for path in tmp_path.iterdir()] == ["front.png"]
 
 
+def test_the_picture_may_be_an_svg(tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    write_picture(tmp_path / "front.svg", *front_charts(document("e2e_mean", "energy")))
+    assert (tmp_path / "front.svg").read_bytes().startswith(b"<svg")
+
+
 def test_a_picture_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     pytest.importorskip("vl_convert")
     with pytest.raises(InputError, match="cannot be written"):
