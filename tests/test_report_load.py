@@ -93,6 +93,16 @@ def test_a_closed_loop_is_neither_steady_nor_not() -> None:
     assert shown["transient"]["said"] == []
 
 
+@pytest.mark.parametrize(
+    ("clients", "requests", "matters"), [(4, 40, False), (1, 10, False), (1, 2, False), (4, 12, True)]
+)
+def test_the_end_of_a_closed_loop_is_told_where_it_is_much_of_the_loop(
+    clients: int, requests: int, *, matters: bool
+) -> None:
+    transient = answer(f"closed:concurrency={clients},n={requests},prompt=64,output=8")["transient"]
+    assert (transient["measured"], bool(transient["said"])) == (matters, matters)
+
+
 @pytest.mark.parametrize("objective", ["throughput", "goodput"])
 def test_a_throughput_limited_by_the_arrivals_points_to_capacity(objective: str) -> None:
     slo = "ttft_p95<=1s"

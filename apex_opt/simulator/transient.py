@@ -37,6 +37,7 @@ class Transient:
     before, after : float     backlog: requests unfinished when another comes, in the mean over those that come after
                               the warm-up, in the first half of these and in the second
     closed : bool             a closed loop, whose backlog is that of its clients
+    requests : int            of the run
     """
 
     arrivals_s: float
@@ -46,6 +47,7 @@ class Transient:
     before: float
     after: float
     closed: bool = False
+    requests: int = 0
 
     @classmethod
     def of(cls, outcome: Outcome, request_ns: int = 0, *, closed: bool = False) -> Transient:
@@ -69,6 +71,7 @@ class Transient:
             before=float(met[first:half].mean()),
             after=float(met[half:].mean()) if half < len(met) else float(met[first:half].mean()),
             closed=closed,
+            requests=len(arrival),
         )
 
     @property
@@ -82,7 +85,12 @@ class Transient:
 
     @property
     def short(self) -> bool:
-        """Whether much of the run comes after the last request."""
+        """Whether much of the run comes after the last request.
+
+        The last requests of a closed loop are one of each client, and those of one client alone are all alike.
+        """
+        if self.closed and not 1 < self.unfinished > LASTING * self.requests:
+            return False
         return self.drain_s > LASTING * self.arrivals_s
 
     @property
