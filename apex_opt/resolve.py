@@ -33,6 +33,7 @@ from apex_opt.serving import (
 )
 from apex_opt.sharing import about_others, about_shares, fitted, shares_of
 from apex_opt.workload import Trace, frame_trace, load_trace
+from apex_opt.workload.collect import or_named
 from apex_opt.workload.columns import MAX_REQUESTS
 from apex_opt.workload.steady import at_rate, loops_of
 
@@ -90,6 +91,7 @@ def resolve(ask: Ask, most_gpus: int | None = None, *, rated: bool = False) -> P
     if not trace.timed and ask.rate is None and not rated:
         raise UsageError(
             f"--trace: {ask.trace!r:.100} has lengths but no arrivals; give the requests per second as --rate"
+            f"{or_named(trace.unread)}"
         )
     if ask.rate is not None:
         trace = at_rate(trace, ask.rate, loops_of(trace))

@@ -1817,6 +1817,7 @@ def test_lengths_alone_are_served_at_the_rate_that_is_given() -> None:
     words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--cluster=1xh200-sxm")
     vidur = f"--trace={TRACES / 'vidur-len.csv'}"
     assert "has lengths but no arrivals; give the requests per second as --rate" in refused(*words, vidur)
+    assert "or call the column that has them timestamp (not read: pd_ratio)" in refused(*words, vidur)
     document = json.loads(run(*words, vidur, "--rate=1", "--format=json").out)
     assert document["question"]["trace"]["rate_per_s"] == pytest.approx(1, rel=0.01)
     assert "Poisson arrivals at 1 requests/s, as the trace tells none" in document["notes"][0]

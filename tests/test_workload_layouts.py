@@ -346,13 +346,24 @@ def test_a_unit_against_the_layout_is_taken_and_said(tmp_path: Path) -> None:
         ("time_us,isl,osl\n1,2,3\n", "is in us by its name, not in ms"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,2,3\n", "has dates and times; leave it out"),
         ("timestamp,isl,osl\n2023-11-16T18:15:46Z,2,3\n", "has dates and times; leave it out"),
-        ("prompt,output\n2,3\n", "has no column of arrivals; leave it out"),
+        ("prompt,output\n2,3\n", "has no column of arrivals; leave it out$"),
+        (
+            "time_stamp,prompt_tokens,completion_tokens\n1,2,3\n",
+            r"leave it out, or call the column that has them timestamp \(not read: time_stamp\)$",
+        ),
         ('{"input_lens": [2], "output_lens": [3]}', "is the result of a benchmark, which tells its units"),
     ],
 )
 def test_a_unit_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=f"^--trace_unit: .*{message}"):
         load_trace(write(tmp_path, text), unit="ms")
+
+
+def test_columns_that_may_be_arrivals_and_are_not_read_are_named(tmp_path: Path) -> None:
+    trace = load_trace(write(tmp_path, "time_stamp,prompt_tokens,completion_tokens\n1,2,3\n"))
+    assert (trace.timed, trace.unread) == (False, ("time_stamp",))
+    assert trace.notes == ("no column is known to tell arrivals; not read: time_stamp",)
+    assert load_trace(write(tmp_path, "model,prompt_tokens,completion_tokens\na,2,3\n")).notes == ()
 
 
 @pytest.mark.parametrize("spec", ["chat", "static:n=2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +23,7 @@ from apex_opt.workload.cells import (
 )
 from apex_opt.workload.columns import MAX_ARRIVAL_NS, MAX_TOKENS, Ints, range_fault
 from apex_opt.workload.contents import COLUMN, Contents
-from apex_opt.workload.layouts.rows import plain
+from apex_opt.workload.layouts.rows import STATED, plain
 from apex_opt.workload.trace import PRIORITIES, RECORDED, UNKNOWN, Trace, make_trace, media_of
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ _IMAGES: Final = "image_tokens"
 _AUDIO: Final = "audio_s"
 _PRIORITY: Final = "priority"
 _LONGEST_AUDIO_S: Final = 86_400
+
+_MOST_NAMED: Final = 8
+_LIKE_TIMES: Final = re.compile(r"time|stamp|arriv|date|start|sen[dt]|clock|offset|(?:^|_)(?:ts?|at|when)(?:_|$)")
+"""What names of columns have in them that may be arrivals."""
 
 _ROOTS: Final = ("-1", "", "null", "None")
 
@@ -174,6 +179,14 @@ class Collector:
         return "columns but no requests; add at least one row"
 
     @property
+    def _unread(self) -> tuple[str, ...]:
+        """Columns from which nothing is read."""
+        layout = self.layout
+        known = (*layout.columns, layout.session, layout.parent, layout.delay, _IMAGES, _AUDIO, _PRIORITY, COLUMN)
+        read = {*map(plain, known), *STATED}
+        return tuple(name for key, name in self.called.items() if key not in read)
+
+    @property
     def _waits(self) -> bool:
         """Whether a row may have a wait after the answer before in place of an arrival."""
         return bool(self.layout.delay) and plain(self.layout.delay) in self.called
@@ -196,7 +209,9 @@ class Collector:
         """Arrivals and waits of some rows."""
         layout = self.layout
         if not layout.arrival and self.unit is not None:
-            raise UsageError(f"--trace_unit: {self.label} has no column of arrivals; leave it out")
+            raise UsageError(
+                f"--trace_unit: {self.label} has no column of arrivals; leave it out{or_named(self._unread)}"
+            )
         session = layout.session
         if session and plain(session) in self.called:
             codes = self._conversations(kept)
@@ -310,6 +325,9 @@ class Collector:
                 f"waits after the answer before ({self.layout.delay}) are left out of account, as the file does not "
                 "say when conversations begin"
             )
+        unread = () if timed else self._unread
+        if any(_LIKE_TIMES.search(plain(column)) for column in unread):
+            every.append(f"no column is known to tell arrivals; not read: {listed(unread)}")
         trace = make_trace(
             name=name,
             arrival_ns=arrival,
@@ -324,6 +342,7 @@ class Collector:
             priority=np.concatenate(self._priority) if self._priority else None,
             delay_ns=delay,
         )
+        trace = replace(trace, unread=unread)
         if told := _shortened(trace):
             trace = replace(trace, notes=(*trace.notes, told))
         return self._contents.told(trace, np.argsort(arrival, kind="stable"))
@@ -404,3 +423,14 @@ def _shortened(trace: Trace) -> str:
         f"{short:,} of {int(later.sum()):,} later turns have prompts shorter than the prompt and the answer before; "
         "prompts are served as the file says, so give them with all that was said before, if clients send that"
     )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns for one line of a message, the first few where there are many."""
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(name[:40] for name in names[:_MOST_NAMED]) + more
+
+
+def or_named(unread: Sequence[str]) -> str:
+    """The other way out where arrivals may be in a column that is not known to have them; else nothing."""
+    return f", or call the column that has them timestamp (not read: {listed(unread)})" if unread else ""

@@ -101,6 +101,7 @@ class Trace:
                                    then the earliest that there can be; -1 of those that come on their own
     content_fault : str            why what the prompts say could not be read, as an error says it; "" where it could,
                                    or where there is nothing to read
+    unread : tuple of str          columns of its file from which nothing is read, of a trace without arrivals
 
     Raises
     ------
@@ -126,6 +127,7 @@ class Trace:
     priority: Ints | None = None
     delay_ns: Ints | None = None
     content_fault: str = ""
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
