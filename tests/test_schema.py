@@ -178,3 +178,9 @@ if __name__ == "__main__":
         path_of(schema_name).write_text(text_of(schema_name), encoding="utf-8")
         print(path_of(schema_name), file=sys.stderr)
     (FOLDER / "README.md").write_text(index_of(documents()), encoding="utf-8")
+
+
+def test_what_optimal_and_nearest_mean_is_told() -> None:
+    parts = json_schema(types.Answer)["$defs"]
+    assert "a space of one plan" in parts["LedgerPart"]["properties"]["optimal"]["description"]
+    assert "false where" in parts["ExpectedFigure"]["properties"]["nearest"]["description"]

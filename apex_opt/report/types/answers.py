@@ -74,6 +74,9 @@ class OnSeveralTypes(Described):
     Parameters
     ----------
     alone : the best on each type by itself
+    optimal : whether no other deployment of the space can be better than the best found; a space of one, that which
+        `simulate` was given, has no other
+    gap : share by which a deployment that was not simulated could be better
     certificates : by the types that a deployment is on
     pipelines : of pipelines whose stages are on several types
     pools : of pairs of a prefill and a decode pool, by the types of either; left out where there are none

@@ -122,7 +122,8 @@ class ExpectedFigure(Described):
     low, high : null where nothing comparable was measured
     rows : measured runs that this is known from
     of : what these are of
-    nearest : whether they are of the same engine, GPU, kind of model and load
+    nearest : whether they are of the same engine, GPU, kind of model and load as what was asked; false where they are
+        of the nearest to it that enough was measured of, and where nothing comparable was measured
     """
 
     figure: str

@@ -17,6 +17,8 @@ class LedgerPart(Described):
     bounded : ruled out by a bound
     cut_short : simulated until they could no longer win
     missed : simulated and not within the goals
+    optimal : whether no other plan of the space can be better than the best found; a space of one plan, that which
+        `simulate` was given, has no other
     gap : share by which a plan that was not simulated could be better
     left : not looked at when the time was up
     repeated : others with their layers moved
