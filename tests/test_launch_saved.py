@@ -437,3 +437,16 @@ def test_a_proxy_that_is_not_there_is_said_in_a_line_before_anything_starts(tmp_
     assert done.returncode == 1
     assert done.stderr == f"node0.sh: copy toy_proxy_server.py here first, into {tmp_path}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["node0.sh"]
+
+
+@pytest.mark.parametrize(("engine", "image"), [("vllm", "v0.20.2"), ("sglang", "lmsysorg/sglang")])
+def test_what_a_file_of_traffic_takes_to_be_sent_is_told_in_the_script_and_the_readme(engine: str, image: str) -> None:
+    asked = document(engine, "tp8")
+    bench = {"argv": ["vllm", "bench", "serve"], "dataset": "traffic.jsonl", "result": None, "notes": []}
+    for dataset, told in (("traffic.jsonl", True), (None, False)):
+        launch = asked["launch"] | {"bench": bench | {"dataset": dataset}}
+        files = files_of(asked | {"launch": launch}, {})
+        for name in ("README.md", "bench.sh"):
+            assert ("takes vLLM 0.23 or later" in " ".join(files[name].replace("# ", "").split())) is told
+        assert (image in files["bench.sh"]) is told
+        assert subprocess.run(["bash", "-n"], input=files["bench.sh"], text=True, check=False).returncode == 0

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from apex_opt.search.problem import Problem
     from apex_opt.workload.trace import Trace
 
+CLIENT: Final = "0.23"
+"""First release of vLLM whose client replays a file."""
 DATASET: Final = "traffic.jsonl"
 RESULTS: Final = {"vllm": "bench.json", "sglang": "bench.jsonl"}
 """What each client writes."""
@@ -100,8 +102,8 @@ def bench(problem: Problem, trace: Trace, launch: Launch, seed: int) -> Bench:
         words += [] if own else _trusted(problem)
         return Bench(argv=tuple(words), result=result, notes=(*notes, _result(result, problem)))
     notes.append(
-        f"client: vllm bench serve of vLLM 0.23 or later, for any of the engines; --save writes {DATASET}, with the "
-        "lengths of every request"
+        f"client: vllm bench serve of vLLM {CLIENT} or later, for any of the engines; --save writes {DATASET}, with "
+        "the lengths of every request"
     )
     words = [*_client(url, served), "--dataset-name", "timed_trace", "--dataset-path", DATASET]
     words += ["--timed-trace-chunk-hash-size", str(trace.content_tokens or PIECE), "--num-prompts", str(len(trace))]

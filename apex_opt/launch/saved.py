@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shlex
+import textwrap
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,7 @@ from apex_opt.engines.overlap import NANO, TWO
 from apex_opt.errors import InputError
 from apex_opt.files import expanded, reason, there
 from apex_opt.ir import load_model
+from apex_opt.launch.bench import CLIENT, DATASET
 from apex_opt.launch.commands import CHECKPOINT, HEAD, NGINX
 from apex_opt.outputs import check_folder, fresh_folder
 
@@ -161,7 +163,7 @@ def files_of(document: Mapping[str, Any], given: Mapping[str, str]) -> dict[str,
     if len(servers) > 1 and alone and not before and routing in NGINX:
         found["nginx.conf.template"] = _nginx(servers, NGINX[routing])
     if (bench := launch.get("bench")) is not None and bench["argv"]:
-        found["bench.sh"] = _bench(bench["argv"])
+        found["bench.sh"] = _bench(bench["argv"], _newer(launch))
     found["README.md"] = _readme(document, found, given)
     return found
 
@@ -240,11 +242,22 @@ def _script(node: int, commands: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "wait -n", ""])
 
 
-def _bench(argv: Sequence[str]) -> str:
+def _newer(launch: Mapping[str, Any]) -> str | None:
+    """What has to be installed to measure, where the containers of the servers do not have it."""
+    if launch["bench"]["dataset"] is None:
+        return None
+    return (
+        f"bench.sh replays {DATASET}, which takes vLLM {CLIENT} or later where it is run (pip install "
+        f"'vllm>={CLIENT}'); the servers' own image, {IMAGES[launch['engine']]}, does not have it"
+    )
+
+
+def _bench(argv: Sequence[str], newer: str | None) -> str:
     """What sends the traffic of the question, and keeps what it measures beside itself."""
     lines = [
         "#!/usr/bin/env bash",
         "# Measures the servers under the traffic that was planned for.",
+        *(f"# {line}" for line in textwrap.wrap(newer or "", 100)),
         "set -euo pipefail",
     ]
     lines.append('cd "$(dirname "${BASH_SOURCE[0]}")"')
@@ -494,6 +507,8 @@ def _readme(document: Mapping[str, Any], files: Mapping[str, str], given: Mappin
         values = " ".join(f"--from-literal={name}=..." for name in own)
         notes.append(f"In Kubernetes, with Hugging Face ids: `kubectl create configmap {_NAMED} {values}`")
     notes += _left_out(document, files)
+    if "bench.sh" in files and (newer := _newer(launch)) is not None:
+        notes.append(newer)
     lines += ["", "## To know and to check", "", *(f"- {note}" for note in notes)]
     lines += _measuring(document, given)
     for title, key in (("Plan", "best"), ("Question", "question"), ("Certificate", "certificate")):
