@@ -309,7 +309,9 @@ def _main(words: list[str]) -> int:
     finally:
         # An answer that cannot be shown is no reason to lose the files, nor the other way round.
         with progress:
-            result.write(**{name: path for name, path in files.items() if name in result.written})
+            result.write(**(ready := {name: path for name, path in files.items() if name in result.written}))
+        for name, path in ready.items():
+            print(f"{name} written to {path}", file=sys.stderr)
     if saved is not None and result.found:
         from apex_opt.launch.saved import save
 

@@ -1682,6 +1682,7 @@ def test_a_report_is_written_beside_the_answer_and_refused_before_the_work(
     plain = run("plan", *CHEAP)
     ran = run("plan", *CHEAP, "--report=a.html")
     assert (ran.code, ran.out) == (0, plain.out)
+    assert "report written to a.html\n" in ran.err
     assert (own / "a.html").read_text().startswith("<!DOCTYPE html>")
     infeasible = run("plan", "--cluster=1xt4", CHEAP[2], "--report=why.html")
     assert infeasible.code == 3
