@@ -138,9 +138,10 @@ class Ask(Setup):
     chunked_prefill : Whether a prompt may be split over batches: true or false; by default the engine's.
     speculation : How drafts are made that are verified with every token: none, eagle:3, mtp:1, ngram:5 or draft:MODEL:3
         with so many drafts, eagle:0-5 for a choice of their number, or several with commas.
-    acceptance : How many drafts are right: the tokens of a row in the mean, the free one included, such as 2.9, with
-        the most drafts to choose from; shares of rows in which at least one draft is right, two, ..., such as
-        0.8/0.6/0.4; or a JSON file of counts by position in the output. By default as published for the model.
+    acceptance : How many drafts are right: the tokens of a row (one request in one batch) in the mean, the free one
+        included, such as 2.9, with the most drafts to choose from; shares of rows in which at least one draft is right,
+        two, ..., such as 0.8/0.6/0.4; or a JSON file of counts by position in the output. By default as published for
+        the model.
     prefix_caching : Whether prompts that begin alike share their KV blocks, for traces that say what prompts contain:
         true or false; by default false, though it is the engines' own default.
     seed : Seed of described traces.

@@ -36,12 +36,17 @@ class UnknownNameError(ApexError, LookupError):
     known : names that there are
     hint : str                 told after them
     alike : bool               whether names that look alike are offered in place of all
+    every : bool               whether all are told beside those that look alike
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "", *, alike: bool = True) -> None:
+    def __init__(
+        self, kind: str, name: str, known: Iterable[str], hint: str = "", *, alike: bool = True, every: bool = False
+    ) -> None:
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) if alike else []
-        offer = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+        offers = [f"did you mean {' or '.join(near)}?"] if near else []
+        offers += [f"known: {', '.join(names)}"] if every or not near else []
+        offer = " ".join(offers)
         super().__init__(f"unknown {kind} {name!r}; {offer}{'; ' + hint if hint else ''}")
 
 

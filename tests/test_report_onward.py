@@ -117,3 +117,9 @@ def test_a_period_of_no_time_and_an_engine_without_figures_are_named_as_they_wer
         "error: --rescheduling: how requests of sglang move"
         in run(*common, "--rescheduling=llumnix", "--engine=sglang").err
     )
+
+
+@pytest.mark.parametrize(("gpus", "plan"), [(16, '"dp2 tp4"'), (4, '"dp2 tp2"'), (3, "tp2"), (1, "tp1")])
+def test_the_plan_to_place_fits_on_the_free_gpus_of_the_cluster_shown(gpus: int, plan: str) -> None:
+    document: Document = {"gpus": [{"state": "free"}] * gpus + [{"state": "busy"}] * 8}
+    assert f"solve.py place --plan={plan} with" in onward("cluster show", document, found=True)

@@ -60,5 +60,6 @@ def test_a_price_is_told_with_its_group() -> None:
     rows = in_groups(
         {"h100, price": "$2.5 per GPU and hour; assumed: cloud prices", "l40s, price": "$1 per GPU and hour; bill"}
     )
-    assert rows["assumed"] == "price ($2.5 per GPU and hour)"
-    assert rows["given"] == "price ($1 per GPU and hour)"
+    assert rows["assumed"] == "price of h100 ($2.5 per GPU and hour)"
+    assert rows["given"] == "price of l40s ($1 per GPU and hour)"
+    assert in_groups({"price": "$1 per GPU and hour; bill"})["given"] == "price ($1 per GPU and hour)"

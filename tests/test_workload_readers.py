@@ -370,3 +370,9 @@ def test_priorities_are_read_by_name_or_number_and_written(tmp_path: Path) -> No
     path.write_text("arrival_s,prompt,output,priority\n1,1,1,urgent\n")
     with pytest.raises(InputError, match=r"line 2: priority 'urgent' is none of normal, high \(0, 1\)"):
         load_trace(str(path))
+
+
+def test_a_file_that_is_not_there_has_the_shipped_traces_told_once() -> None:
+    with pytest.raises(UnknownNameError, match="there is no such file") as caught:
+        load_trace("zzz/qqq.csv")
+    assert [str(caught.value).count(name) for name, _ in list_traces()] == [1] * len(list_traces())

@@ -160,7 +160,7 @@ def _errors(console: Console, title: str, pair: dict[str, Any]) -> None:
             metric,
             str(found["n"]),
             *(f"{errors[metric]['mean_ape_pct']:.2f}%" for errors in (before, after)),
-            *(f"{errors[metric]['bias_pct']:+.2f}%" for errors in (before, after)),
+            *(f"{errors[metric]['bias_pct']:+z.2f}%" for errors in (before, after)),
         )
         for metric, found in after.items()
         if metric in before

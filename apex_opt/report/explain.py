@@ -204,7 +204,7 @@ def _head_room(console: Console, document: Document) -> None:
             one["kind"] if one["kind"] == "prompts" else "answers alone",
             f"{one['batches']:,}",
             *(seconds(one[f"{name}_s"]) for name in ("batch", *_RESOURCES, "least")),
-            f"{one['gain']:.0%}",
+            f"{one['gain']:z.0%}",
         )
         for one in document["head_room"]
     ]
@@ -221,7 +221,7 @@ def _two_batches(console: Console, document: Document) -> None:
             f"{one['split']:,}",
             seconds(one["whole_s"]),
             seconds(one["two_s"]),
-            f"{one['gain']:.0%}",
+            f"{one['gain']:z.0%}",
         )
         for one in document["two_batches"]
     ]
@@ -355,4 +355,4 @@ def _signed(value: float, unit: str) -> str:
 def _apart(value: float | None, best: float | None) -> str:
     if value is None or not best or value == best:
         return ""
-    return f" ({value / best - 1:+.1%})"
+    return f" ({value / best - 1:+z.1%})"

@@ -121,6 +121,13 @@ def _unstudied(document: Document) -> str:
     return "the reasons are above; --retry asks the failed points again"
 
 
+def _placeable(document: Document) -> str:
+    """After a wiring: a plan that its GPUs suffice for."""
+    free = sum(gpu.get("state") == "free" for gpu in document.get("gpus", ()))
+    plan = next((plan for gpus, plan in ((8, '"dp2 tp4"'), (4, '"dp2 tp2"'), (2, "tp2")) if free >= gpus), "tp1")
+    return f"solve.py place --plan={plan} with the same --cluster places a plan on these GPUs"
+
+
 _MEASURED: Final = "; measured there, solve.py calibrate fits the engine's times"
 _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "plan": _start,
@@ -134,7 +141,7 @@ _FOUND: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "validate": "solve.py calibrate --measured=RESULT.json fits an engine's times to runs of your own",
     "calibrate": _calibrated,
     "profile show": "solve.py profile collect measures a GPU that is not listed",
-    "cluster show": 'solve.py place --plan="dp2 tp4" with the same --cluster places a plan on these GPUs',
+    "cluster show": _placeable,
     "models": "solve.py plan --model=NAME, or with the path of a config.json",
     "clusters": "solve.py plan --cluster=8xNAME",
     "traces": "solve.py plan --trace=NAME",

@@ -62,7 +62,7 @@ def placement_section(console: Console, placement: Document) -> None:
     own, other = placement["collectives_s"], placement["rank_order"]
     if own and other["collectives_loss"]:
         text = f"collectives of a full batch take {seconds(own)}; with ranks in order {seconds(other['collectives_s'])}"
-        console.print(f"Placed on the GPUs that are free, {text} ({other['collectives_loss']:+.1%}).\n")
+        console.print(f"Placed on the GPUs that are free, {text} ({other['collectives_loss']:+z.1%}).\n")
     where_table(console, placement["replicas"])
     if any(one["reason"] for one in placement["lies"]):
         lies_table(console, placement["lies"])
@@ -208,7 +208,7 @@ def _ranges(gpus: Iterable[str]) -> list[str]:
 
 
 def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:+,.1f}%"
+    return "-" if value is None else f"{100 * value:+z,.1f}%"
 
 
 def _proof(document: Document) -> str:

@@ -94,7 +94,7 @@ def _fitted(console: Console, document: Document) -> None:
             metric,
             str(found["n"]),
             *(f"{errors[metric]['mean_ape_pct']:.1f}%" for errors in (before, after)),
-            *(f"{errors[metric]['bias_pct']:+.1f}%" for errors in (before, after)),
+            *(f"{errors[metric]['bias_pct']:+z.1f}%" for errors in (before, after)),
         )
         for metric, found in after.items()
     ]

@@ -131,7 +131,7 @@ def _word(plan: Document, is_best: bool, document: Document) -> str:
     elif document["best"] is not None:
         least = document["plans"][document["best"] - 1]["best"]["value"]
         if value is not None and least:
-            text += f" ({value / least - 1:+.1%})"
+            text += f" ({value / least - 1:+z.1%})"
     return text + (f", misses {', '.join(missed)}" if (missed := _missed(plan["best"])) else "")
 
 

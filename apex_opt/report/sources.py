@@ -35,9 +35,9 @@ def in_groups(provenance: Provenance) -> dict[str, str]:
     """Figures that are measured, derived, assumed or given; those that are so in part come last in each group."""
     kinds: dict[str, set[str]] = {}
     for figure, text in in_full(provenance).items():
-        name = figure.rpartition(", ")[2]
+        gpu, _, name = figure.rpartition(", ")
         if name == "price":
-            name = f"price ({text.partition(';')[0]})"
+            name = f"price{f' of {gpu}' if gpu else ''} ({text.partition(';')[0]})"
         kinds.setdefault(name, set()).update(_kinds(text))
     rows = {}
     for group in _GROUPS:

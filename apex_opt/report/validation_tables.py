@@ -87,7 +87,7 @@ def _runs(console: Console, document: Document, rows: list[Document], limit: int
 def _error(row: Document, metric: str, cell: Document | None) -> str:
     if cell is None:
         return "-"
-    return f"{cell['error_pct']:+.1f}%" + ("*" if metric in row["set_aside"] else "")
+    return f"{cell['error_pct']:+z.1f}%" + ("*" if metric in row["set_aside"] else "")
 
 
 def _worst(row: Document) -> float:
@@ -142,11 +142,11 @@ def _halves(console: Console, halves: Document) -> None:
 
 
 def _in_short(found: Document | None) -> str:
-    return f"{found['mean_ape_pct']:.1f}% ({found['bias_pct']:+.1f})" if found else "-"
+    return f"{found['mean_ape_pct']:.1f}% ({found['bias_pct']:+z.1f})" if found else "-"
 
 
 def _errors(found: Document) -> tuple[str, ...]:
-    return (f"{found['mean_ape_pct']:.2f}%", f"{found['median_ape_pct']:.2f}%", f"{found['bias_pct']:+.2f}%")
+    return (f"{found['mean_ape_pct']:.2f}%", f"{found['median_ape_pct']:.2f}%", f"{found['bias_pct']:+z.2f}%")
 
 
 def _errors_of_all(found: Document) -> tuple[str, str]:
@@ -162,7 +162,7 @@ def _steps(console: Console, document: Document) -> None:
             f"{part['steps']:,}",
             seconds(part["measured_s"] / part["steps"]),
             seconds(part["predicted_s"] / part["steps"]),
-            f"{part['bias_pct']:+.1f}%",
+            f"{part['bias_pct']:+z.1f}%",
         )
         for model, kinds in document["causes"].items()
         for kind, part in kinds.items()

@@ -335,8 +335,9 @@ class Tree:
         """Why no plan of one type of GPU is an answer."""
         problem = single.facts.problem
         if single.part.waiting:
-            left = single.part.waiting
-            return f"the time limit was reached with {left} plans left, before one was found that meets the goals"
+            waiting = single.part.waiting
+            left = f"{waiting:,} plan{'s' * (waiting != 1)} left"
+            return f"the time limit was reached with {left}, before one was found that meets the goals"
         if not single.space.feasible:
             return nearest_violation(problem.instance())
         closest, told = min(done, key=lambda scored: _miss(problem, scored), default=None), "; the closest, {}, misses"

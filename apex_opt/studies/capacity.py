@@ -335,7 +335,8 @@ def _near_miss(where: str, failed: Iterable[tuple[Deployment, Trial]]) -> str | 
 def _why_not(where: str, problem: Problem, formulation: Formulations, space: Space, ledger: Ledger) -> tuple[str, int]:
     """One sentence on why no deployment holds, with the numbers of the one that comes closest; and runs made for it."""
     if ledger.waiting:
-        left = f"the time limit was reached with {ledger.waiting} plans left, before one was found that holds"
+        plans = f"{ledger.waiting:,} plan{'s' * (ledger.waiting != 1)}"
+        left = f"the time limit was reached with {plans} left, before one was found that holds"
         return f"{where}, {left}", 0
     if space.given is None:
         answer = search(problem, formulation)

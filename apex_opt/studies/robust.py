@@ -361,7 +361,7 @@ class Course:
         low, high, found = 0, STEPS + 1, None
         while high - low > 1:
             most = _most_asked(low, high, lost=found is not None) + self._turns * _most_asked(0, STEPS + 1, lost=False)
-            self._tell("asking with other times, at most", self._asked, self._asked + most)
+            self._tell("asking with other times", self._asked, self._asked + most)
             self._asked += 1
             step = _next_step(low, high, lost=found is not None)
             loss = lost(factor_of(step, slower))

@@ -89,10 +89,11 @@ def load_trace(spec: str, seed: int = 0, *, unit: str | None = None, block: int 
     if described:
         return describe_trace(spec, seed)
     if not there(path := expanded(spec)):
-        hint = f"there is no such file; shipped: {', '.join(names)}; or describe one, e.g. {EXAMPLES['poisson']}"
+        describe = f"or describe one, e.g. {EXAMPLES['poisson']}"
         if (kind := re.match(r"([a-z]+):", spec)) and not spec.startswith(f"{kind[1]}://"):
+            hint = f"there is no such file; shipped: {', '.join(names)}; {describe}"
             raise UnknownNameError("trace description", kind[1][:40], EXAMPLES, hint)
-        raise UnknownNameError("trace", spec[:100], names, hint)
+        raise UnknownNameError("trace", spec[:100], names, f"there is no such file; {describe}", every=True)
     named = _BLOCK_IN_NAME.search(path.name)
     return _parse(
         spec,

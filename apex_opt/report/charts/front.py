@@ -38,7 +38,10 @@ def _pair(document: Document, across: Document, up: Document) -> Chart:
     heads = [unit.head(name) for unit, name in zip(units, names, strict=True)]
     shown = told(("plan", "plan"), ("gpus", "GPUs"), ("x", heads[0]), ("y", heads[1]))
     scale = {"padding": 12} | ({} if log else {"zero": False})
-    axes = {key: quantity(key, head, log=log, scale=scale) for key, head in zip("xy", heads, strict=True)}
+    axes = {
+        key: quantity(key, f"{head}{', logarithmic' * log}", log=log, scale=scale)
+        for key, head in zip("xy", heads, strict=True)
+    }
     colour: Spec = {"domain": ["front", "beaten"], "range": [PALETTE[0], PALE]}
     legend = {"orient": "bottom", "title": None}
     points: Spec = {
@@ -196,7 +199,7 @@ def _errors(own: str, metric: str, rows: list[Document]) -> Iterator[Chart]:
             "group": f"{row['cluster']}, {row['engine']}",
             "measured": unit(cell["measured"]),
             "predicted": unit(cell["predicted"]),
-            "error": f"{cell['error_pct']:+.1f}%",
+            "error": f"{cell['error_pct']:+z.1f}%",
             "aside": metric in row["set_aside"],
         }
         for row, cell in cells

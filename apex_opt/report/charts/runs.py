@@ -78,7 +78,7 @@ def _distribution(title: str, own: str, found: dict[str, Any]) -> Chart:
     return Chart(
         name=title.lower(),
         title=f"{title} of requests",
-        says=f"Which share of the requests has a {title} of at most so much, of {count(len(names), 'run')}.",
+        says=f"Which share of the requests has {title} of at most so much, of {count(len(names), 'run')}.",
         spec={
             "data": {"values": rows},
             "layer": [
