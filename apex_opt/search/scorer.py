@@ -306,7 +306,7 @@ class Scorer:
             pools=tuple(uses),
             value=problem.objective.value(metrics),
             metrics=metrics,
-            transient=Transient.of(outcome, self.outside_ns, closed=problem.trace.concurrency is not None),
+            transient=Transient.of(outcome, self.outside_ns, clients=problem.trace.concurrency),
             bound=bound,
             moved=None if problem.rescheduling is None else len(outcome.moved),
             priorities=tuple(self._by_priority(outcome)),

@@ -36,7 +36,7 @@ class Transient:
     waiting, unfinished : int requests without a token, and without their last one, when the last one came
     before, after : float     backlog: requests unfinished when another comes, in the mean over those that come after
                               the warm-up, in the first half of these and in the second
-    closed : bool             a closed loop, whose backlog is that of its clients
+    clients : int or None     of a closed loop, whose backlog is that of its clients
     requests : int            of the run
     """
 
@@ -46,18 +46,18 @@ class Transient:
     unfinished: int
     before: float
     after: float
-    closed: bool = False
+    clients: int | None = None
     requests: int = 0
 
     @classmethod
-    def of(cls, outcome: Outcome, request_ns: int = 0, *, closed: bool = False) -> Transient:
+    def of(cls, outcome: Outcome, request_ns: int = 0, *, clients: int | None = None) -> Transient:
         """How a finished run begins and ends; the last token counts once it has left the engine's host.
 
         Parameters
         ----------
         outcome
         request_ns : int    time of a request outside the engine
-        closed : bool       whether clients send the requests
+        clients : int or None    that send the requests in a closed loop
         """
         arrival, last = np.sort(outcome.arrival_ns), int(outcome.arrival_ns.max())
         met = np.arange(len(arrival)) - np.searchsorted(np.sort(outcome.finish_ns), arrival, "right")
@@ -70,9 +70,14 @@ class Transient:
             unfinished=int((outcome.finish_ns > last).sum()),
             before=float(met[first:half].mean()),
             after=float(met[half:].mean()) if half < len(met) else float(met[first:half].mean()),
-            closed=closed,
+            clients=clients,
             requests=len(arrival),
         )
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is a closed loop."""
+        return self.clients is not None
 
     @property
     def growing(self) -> bool:
@@ -89,7 +94,7 @@ class Transient:
 
         The last requests of a closed loop are one of each client, and those of one client alone are all alike.
         """
-        if self.closed and not 1 < self.unfinished > LASTING * self.requests:
+        if self.clients is not None and (self.clients == 1 or self.clients <= LASTING * self.requests):
             return False
         return self.drain_s > LASTING * self.arrivals_s
 
