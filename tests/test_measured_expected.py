@@ -214,6 +214,15 @@ def test_a_goal_that_is_met_by_less_than_the_expected_error_is_told() -> None:
     assert "is met by 1.0%, less than the expected error of its figure, " in page
 
 
+def test_a_goal_on_itl_that_is_met_narrowly_is_told_to_have_no_known_error() -> None:
+    words = ("simulate", "--plan=tp1", "--model=llama-3.1-8b", "--trace=static:n=2,prompt=16,output=3")
+    ask = (*words, "--cluster=1xh200-sxm", "--format=json")
+    p99 = json.loads(run(*ask).out)["best"]["metrics"]["itl_s"]["p99"]
+    told = [json.loads(run(*ask, f"--slo=itl_p99<={more * p99:.6f}ms").out)["doubts"] for more in (1010, 2000)]
+    assert ["is met by 1.0%, and no error of ITL is known" in text for text in told[0]] == [True]
+    assert told[1] == []
+
+
 def test_answers_on_a_gpu_whose_runs_were_far_off_are_called_a_guess() -> None:
     words = (
         "simulate",

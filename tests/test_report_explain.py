@@ -10,7 +10,7 @@ from cli_cases import run
 
 from apex_opt.arguments import ExplainAsk
 from apex_opt.planned import resolve_plan
-from apex_opt.report.explain import explanation_document, explanation_page
+from apex_opt.report.explain import _apart, explanation_document, explanation_page
 from apex_opt.resolve import resolve
 from apex_opt.schema import to_plain
 from apex_opt.studies.explain import explain
@@ -153,3 +153,8 @@ def test_a_pair_that_is_the_best_is_told_so_and_groups_by_their_side() -> None:
         assert ("The plan that was given is the best: e2e_mean = " in shown) == best
         assert ("What differs" in shown) != best
         assert [f"{role}: tp2 " in shown for role in ("prefill", "decode")] == [best, True]
+
+
+def test_hardly_any_difference_has_no_minus() -> None:
+    assert _apart(0.99999, 1.0) == " (+0.0%)"
+    assert _apart(0.98, 1.0) == " (-2.0%)"

@@ -94,3 +94,10 @@ def test_every_plan_of_the_front_has_its_number_and_units_are_those_of_tables(
             kj = [row["values"]["energy"] / 1e3 for row in found["candidates"]]
             axis = "x" if chart.title.startswith("energy") else "y"
             assert [row[axis] for row in chart.spec["data"]["values"] if row["n"]] == pytest.approx(kj, rel=1e-5)
+
+
+def test_axes_that_are_logarithmic_say_so() -> None:
+    chart = next(iter(front_charts(document("e2e_mean", "energy"))))
+    titles = [chart.spec["layer"][-1]["encoding"][axis]["title"] for axis in "xy"]
+    assert all(title.endswith(", logarithmic") for title in titles)
+    assert not any("logarithmic" in head for head in chart.heads)

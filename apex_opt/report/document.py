@@ -9,7 +9,7 @@ from apex_opt.cluster import DTYPES
 from apex_opt.engines import ANY
 from apex_opt.figures.registry import figure, per_run
 from apex_opt.report import types
-from apex_opt.report.expected import doubts, expected_document, near_goals
+from apex_opt.report.expected import doubts, expected_document, near_goals, untold_errors
 from apex_opt.report.load import loaded, transient_document
 from apex_opt.report.types import LedgerPart
 from apex_opt.schema import of
@@ -64,7 +64,7 @@ def answer_document(
         "provenance": provenance,
         "expected": best and expected_document(problem, best),
         "near_goals": near_goals(problem, best) if best else (),
-        "doubts": doubts(problem),
+        "doubts": (*doubts(problem), *(untold_errors(problem, best) if best else ())),
     }
     return kinds[problem.several](
         command=command,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from apex_opt.search import Problem, Scored
 
 NOTHING: Final = "nothing comparable was measured"
+NARROW: Final = 0.1
+"""Share of its limit by which a goal may be met for it to be told that no error of its figure is known; assumed."""
 _SEEN_BY_CLIENTS: Final = ("ttft_mean", "e2e_mean")
 
 
@@ -136,6 +138,16 @@ def doubts(problem: Problem) -> tuple[str, ...]:
             rows = max(rows for _, rows, _ in off)
             found.append(f"{count(rows, 'run')} on {gpu} had {told} what is computed: its figures are a guess")
     return tuple(found)
+
+
+def untold_errors(problem: Problem, scored: Scored) -> tuple[str, ...]:
+    """That goals on ITL are met narrowly: no error of it is known that they could be held against."""
+    met = ((goal, goal.margin(goal.reached(scored.metrics))) for goal in problem.goals if goal.fraction is None)
+    return tuple(
+        f"The goal {goal.text} is met by {margin:.1%}, and no error of ITL is known"
+        for goal, margin in met
+        if goal.metric == "itl" and 0 <= margin < NARROW
+    )
 
 
 def expected_table(console: Console, document: Document) -> None:

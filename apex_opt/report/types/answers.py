@@ -37,7 +37,8 @@ class Searched(Document):
     limited_by_arrivals : whether a plan that keeps up has what comes, and no more
     expected : how far the figures of the best run are from what would be measured, by measured runs like it
     near_goals : goals that the best run meets by less than that
-    doubts : why the figures of a type of GPU are a guess
+    doubts : why the figures of a type of GPU are a guess, and goals on ITL that are met narrowly, as no error of it is
+        known
     robust : how far times may be off before another plan wins, where that was asked
     """
 
