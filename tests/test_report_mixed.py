@@ -147,7 +147,7 @@ def test_where_nothing_fits_each_type_says_why() -> None:
         [None, None],
     )
     text = words(document)
-    assert "infeasible: quick alone: no feasible plan meets the SLOs; the closest, " in text
-    assert "; slow alone: no feasible plan meets the SLOs; the closest, " in text
+    assert "infeasible: quick alone: no feasible plan meets the SLOs, as bounds show; by these the closest, " in text
+    assert "; slow alone: no feasible plan meets the SLOs, as bounds show; by these the closest, " in text
     assert "; together: none of " in text
     assert json.dumps(document, allow_nan=False)
