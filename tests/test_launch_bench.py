@@ -56,13 +56,14 @@ def made(
     model: Any = DENSE,
     commands: Any = None,
     routing: Any = "round_robin",
+    pools: int = 1,
     **changes: Any,
 ) -> Bench:
     """The command for a trace, where a plan on one node is served."""
     problem = replace(asked(model, 1, 8, settings={"scheduler": SCHEDULINGS[engine]()}), **changes)
     started = commands or emitted(engine, DENSE, "tp8", 1, 8).commands
     launch = Launch(engine=engine, commands=tuple(started), notes=(), served=CHECKPOINT, routing=routing)
-    found = bench(problem, trace, launch, 3)
+    found = bench(problem, trace, launch, 3, pools=pools)
     if found.argv:
         assert {word for word in found.argv if word.startswith("-")} <= OPTIONS[found.argv[0]]
         assert shlex.split(found.text) == list(found.argv)
@@ -203,7 +204,9 @@ def test_what_cannot_be_calibrated_is_not_said_to_be() -> None:
     trace = load_trace("static:n=4,prompt=5,output=8")
     (alone,) = [note for note in made(trace).notes if note.startswith("result")]
     assert "solve.py calibrate and validate take as --measured" in alone
-    (pools,) = [note for note in made(trace, serving=("pools",)).notes if note.startswith("result")]
+    (plain,) = [note for note in made(trace, serving=("aggregated", "pools")).notes if note.startswith("result")]
+    assert plain == alone  # replicas won over pools
+    (pools,) = [note for note in made(trace, serving=("pools",), pools=2).notes if note.startswith("result")]
     assert "not of several pools" in pools and "--measured" not in pools
 
 

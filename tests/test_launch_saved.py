@@ -356,6 +356,26 @@ def test_an_answer_is_saved_with_its_certificate(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize(
+    ("options", "calibrated"),
+    [
+        (("--cluster=2xh100-sxm", "--serving=aggregated,pools"), True),
+        (("--cluster=2xh100-sxm", "--serving=pools"), False),
+    ],
+)
+def test_what_is_saved_of_pools_has_all_its_certificates_and_of_replicas_how_they_are_calibrated(
+    options: tuple[str, ...], calibrated: bool, tmp_path: Path
+) -> None:
+    trace = ("--model=llama-3.1-8b", "--trace=poisson:rate=4,n=30,prompt=256,output=32")
+    done = run("plan", *trace, *options, "--format=json", f"--save={tmp_path / 'new'}")
+    assert done.code == 0
+    text, answer = (tmp_path / "new" / "README.md").read_text(), json.loads(done.out)
+    told = json.loads(text.partition("## Certificate\n\n```json\n")[2].partition("```")[0])
+    assert told["pools"] == answer["pools"] and told["gap"] == answer["gap"] == 0
+    said = " ".join(answer["launch"]["bench"]["notes"])
+    assert ("## Measure and calibrate" in text) == calibrated == ("not of several pools" not in said)
+
+
 OWN = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024}
 OWN |= {"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 4, "vocab_size": 1000}
 OWN |= {"max_position_embeddings": 2048, "torch_dtype": "bfloat16"}

@@ -58,6 +58,15 @@ def test_pools_are_not_told_to_be_calibrated() -> None:
     assert "calibrate" in onward("plan", launch, found=True)
     launch["best"] = {"plan": "tp1", "parts": []}
     assert onward("plan", launch, found=True) == "Next: --save=DIR writes this as files."
+    launch["best"] = {"plan": "tp1", "parts": [{}]}
+    assert "calibrate" in onward("plan", launch, found=True)
+
+
+@pytest.mark.parametrize("command", ["plan", "capacity"])
+def test_where_no_cluster_of_several_will_do_one_of_them_is_explained(command: str) -> None:
+    line = onward(command, {"clusters": []}, found=False)
+    assert line == "Next: solve.py explain with --cluster of one of them says what would fit there."
+    assert "the same options" in onward(command, {}, found=False)
 
 
 def test_where_nothing_fits_it_tells_of_the_changes_found() -> None:

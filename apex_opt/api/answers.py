@@ -213,7 +213,7 @@ def launch_of(
     if not found.commands:
         return launch_document(found)
     problem = scorer.problem
-    measured = bench(problem, trace or problem.trace, found, ask.seed)
+    measured = bench(problem, trace or problem.trace, found, ask.seed, pools=len(scored.pools))
     return launch_document(found, measured)
 
 

@@ -71,7 +71,7 @@ class Bench:
         return shlex.join(self.argv)
 
 
-def bench(problem: Problem, trace: Trace, launch: Launch, seed: int) -> Bench:
+def bench(problem: Problem, trace: Trace, launch: Launch, seed: int, *, pools: int = 1) -> Bench:
     """What sends a trace to servers.
 
     Parameters
@@ -80,6 +80,7 @@ def bench(problem: Problem, trace: Trace, launch: Launch, seed: int) -> Bench:
     trace : Trace          that is sent
     launch : Launch        what starts the servers
     seed : int             of what the client draws
+    pools : int            of the deployment that is started
     """
     if why := _silent(problem, trace):
         return Bench(argv=(), notes=(f"measuring: no client sends this traffic; {why}",))
@@ -100,7 +101,7 @@ def bench(problem: Problem, trace: Trace, launch: Launch, seed: int) -> Bench:
         words = client(url, served, (int(trace.prompt[0]), int(outputs[0])), load, len(trace), seed)
         # SGLang's client trusts code without being told, and has no such option.
         words += [] if own else _trusted(problem)
-        return Bench(argv=tuple(words), result=result, notes=(*notes, _result(result, problem)))
+        return Bench(argv=tuple(words), result=result, notes=(*notes, _result(result, problem, pools)))
     notes.append(
         f"client: vllm bench serve of vLLM {CLIENT} or later, for any of the engines; --save writes {DATASET}, with "
         "the lengths of every request"
@@ -113,7 +114,7 @@ def bench(problem: Problem, trace: Trace, launch: Launch, seed: int) -> Bench:
         words.append("--self-timed")
     words += ["--seed", str(seed), "--ignore-eos", *_saved(), *_trusted(problem)]
     result = RESULTS["vllm"]
-    notes.append(_result(result, problem))
+    notes.append(_result(result, problem, pools))
     return Bench(argv=tuple(words), dataset=DATASET, result=result, notes=tuple(notes))
 
 
@@ -263,8 +264,8 @@ def _notes(problem: Problem, trace: Trace) -> Iterator[str]:
         yield "drafts: of random tokens other shares are right than of text; measure these with prompts of your own"
 
 
-def _result(name: str, problem: Problem) -> str:
+def _result(name: str, problem: Problem, pools: int) -> str:
     """What the file is good for."""
-    if problem.several:
+    if problem.mixed or (problem.several and pools > 1):
         return f"result: {name}; solve.py calibrate and validate take one of a plan on its own, not of several pools"
     return f"result: {name}, which solve.py calibrate and validate take as --measured, with the plan that ran"

@@ -50,6 +50,9 @@ _UNKNOWN: Final = re.compile(rf"(?<![\w-])(NODE\d+|{HEAD}|{CHECKPOINT}\w+)(?![\w
 _NAMED: Final = "apex-opt-plan"
 """What is made in Kubernetes, and the ConfigMap that pods take what is not known here from."""
 
+_CERTIFICATES: Final = ("certificates", "pipelines", "pools", "optimal", "gap")
+"""Parts of the certificate of an answer that has no single one: by the types and the shapes of deployments."""
+
 _IN_JSON: Final = re.compile(r'"(/[^"]*)"')
 """Folders in the text of JSON."""
 
@@ -511,9 +514,13 @@ def _readme(document: Mapping[str, Any], files: Mapping[str, str], given: Mappin
         notes.append(newer)
     lines += ["", "## To know and to check", "", *(f"- {note}" for note in notes)]
     lines += _measuring(document, given)
-    for title, key in (("Plan", "best"), ("Question", "question"), ("Certificate", "certificate")):
-        if document.get(key) is not None:
-            lines += ["", f"## {title}", "", "```json", json.dumps(document[key], indent=1), "```"]
+    certificate = document.get("certificate")
+    if any(document.get(key) for key in _CERTIFICATES[:3]):
+        certificate = {key: document[key] for key in _CERTIFICATES if document.get(key) not in (None, [])}
+    sections = (("Plan", document.get("best")), ("Question", document.get("question")), ("Certificate", certificate))
+    for title, content in sections:
+        if content:
+            lines += ["", f"## {title}", "", "```json", json.dumps(content, indent=1), "```"]
     return "\n".join([*lines, ""])
 
 
@@ -538,7 +545,7 @@ def _left_out(document: Mapping[str, Any], files: Mapping[str, str]) -> list[str
 def _measuring(document: Mapping[str, Any], given: Mapping[str, str]) -> list[str]:
     """How a measurement of the plan is taken back, where there is one that can be."""
     bench, best = document["launch"].get("bench"), document.get("best")
-    if bench is None or bench["result"] is None or best is None or "parts" in best:
+    if bench is None or bench["result"] is None or best is None or not measurable(document):
         return []
     question = document["question"]
     words = {name: _own(given.get(name)) or question[name]["name"] for name in ("model", "cluster", "engine")}
@@ -547,6 +554,14 @@ def _measuring(document: Mapping[str, Any], given: Mapping[str, str]) -> list[st
     line = shlex.join(["solve.py", "calibrate", f"--measured={bench['result']}", *options, "--out=mine.toml"])
     told = "With a measurement the engine's own times are fitted to this machine; what is yours goes by its file:"
     return ["", "## Measure and calibrate", "", told, "", "```", "bash bench.sh", line, "```"]
+
+
+def measurable(document: Mapping[str, Any]) -> bool:
+    """Whether `calibrate` takes a measurement of the best plan: one on its own, on a cluster of one type of GPU."""
+    best, cluster = document.get("best"), document.get("question", {}).get("cluster") or {}
+    if not isinstance(best, dict):
+        return True
+    return ("parts" not in best or len(best["parts"]) == 1) and len(cluster.get("pools", ())) <= 1
 
 
 def _own(given: str | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.engines import ENGINES
+from apex_opt.launch.saved import measurable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,9 +37,7 @@ def _start(document: Document) -> str:
         return "solve.py plan with --cluster of one of them tells of its plan in full"
     launch, engine = document.get("launch"), document.get("question", {}).get("engine", {})
     if launch and launch.get("commands"):
-        best: Any = document.get("best")
-        pools = isinstance(best, dict) and "parts" in best  # of which no measurement is taken
-        return f"--save=DIR writes this as files{_MEASURED * (not pools)}"
+        return f"--save=DIR writes this as files{_MEASURED * measurable(document)}"
     if engine.get("policy", "vllm") not in ENGINES:
         return f"--engine={', '.join(ENGINES)}: plans of these can be started"
     if launch:
@@ -75,6 +74,8 @@ def _missed(document: Document) -> str:
     """Where nothing fits: what would, if that was found."""
     if not _explained(document):
         return f"{_easing(document)}offer more GPUs"
+    if "clusters" in document:
+        return _unfit(document)
     if document.get("relaxations"):
         return "give one of the changes above as an option, or ask solve.py explain with the same options"
     return "solve.py explain --time_limit=60 with the same options looks longer for what would fit"
@@ -96,6 +97,13 @@ def _simulated(document: Document) -> str:
 def _unserved(document: Document) -> str:
     if not _explained(document) or any(word in str(document.get("reason", "")) for word in ("share=", "{")):
         return f"{_easing(document)}simulate another plan"
+    return _unfit(document)
+
+
+def _unfit(document: Document) -> str:
+    """Where nothing fits: who says what would; of several clusters of one alone."""
+    if "clusters" in document:
+        return "solve.py explain with --cluster of one of them says what would fit there"
     return "solve.py explain with the same options says what would fit"
 
 
@@ -150,7 +158,7 @@ _MISSED: Final[Mapping[str, str | Callable[[Document], str]]] = {
     "plan": _missed,
     "energy": _missed,
     "pareto": _missed,
-    "capacity": "solve.py explain with the same options says what would fit",
+    "capacity": _unfit,
     "explain": "give one of the changes above as an option of solve.py plan",
     "simulate": _unserved,
     "place": "free GPUs, or place a smaller plan; solve.py cluster show draws what is free",
