@@ -342,6 +342,17 @@ def test_the_limit_proposed_is_the_best_over_all_plans_to_three_digits(goal: str
     assert search(replace(problem, slos=(tighter,)), SPACE).best is None
 
 
+@pytest.mark.parametrize("goal", ["energy_per_token<=1uJ", "energy<=1uJ", "ttft_p95<=1us"])
+def test_a_goal_that_a_bound_of_every_plan_rules_out_is_said_to_be_by_that(goal: str) -> None:
+    model = make_model((dense(hidden=1024, columns=4096), 5))
+    problem = make_problem(model, make_cluster(4), random_trace(2, 40), goal.replace("1uJ", "0.000001J"))
+    found = explain(problem, SPACE)
+    (clash,) = found.diagnosed[0].clashes
+    assert clash.proof == "bound"
+    assert sum(part.simulated for part in found.answer.ledger.parts) == 0
+    assert ("as if no other request were there" in clash.facts[0]) == goal.startswith("ttft")
+
+
 def test_goals_that_each_are_out_of_reach_are_eased_together() -> None:
     problem = make_problem(EIGHT, "2xh100-sxm", random_trace(1, 10), "ttft_p95<=1us,tpot_p95<=1us,e2e_max<=100s")
     found = explain(problem, SPACE)

@@ -136,6 +136,7 @@ def _of_goals(goals: Goals, work: Work) -> Clash:
             among = f"of the plans that meet {' and '.join(o.text for o in others)}" if others else "of all plans"
             part = f"{goal.text}: {among} {run.text} comes closest and reaches {goal.told(value)}"
             if by_bound and (bound := work.runs.bound(goal, run.deployment)) is not None:
-                part += f", its bound, as if no other request were there, is {goal.told(bound)}"
+                lonely = "" if goal.figure.of_gpus else ", as if no other request were there,"
+                part += f", its bound{lonely} is {goal.told(bound)}"
             parts.append(part)
     return Clash(of=tuple(goal.text for goal in goals), proof="bound" if by_bound else "simulation", facts=tuple(parts))

@@ -315,7 +315,7 @@ class Runs:
                 continue
             hold = np.ones(len(group.deployments), bool)
             for one in goals:
-                hold &= np.ones_like(hold) if one.figure.of_gpus else can_hold(one, group.alone)
+                hold &= can_hold(one, group.run if one.figure.of_gpus else group.alone)
             bounds, _ = judged(group.run, (objective,), ())
             below = None if goal is None else np.broadcast_to(self._below(group.alone, goal), hold.shape)
             for place in np.flatnonzero(hold).tolist():
