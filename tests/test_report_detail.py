@@ -32,6 +32,10 @@ def test_latencies_are_those_of_the_file_of_requests_and_of_the_table(tmp_path: 
         assert np.max(detail.latencies[key]) == pytest.approx(getattr(answer.best.metrics, key)["max"])
     chart = next(chart for _, chart in answer.charts() if chart.name == "ttft")
     tabled = {share: value for _, share, value in chart.rows}
+    metrics = answer.best.metrics.ttft_s
+    assert [float(tabled[f"{share}%"]) for share in (50, 95, 99)] == pytest.approx(
+        [1e3 * metrics[f"p{share}"] for share in (50, 95, 99)], rel=1e-3
+    )
     assert float(tabled["100%"]) == pytest.approx(1e3 * np.max(detail.latencies["ttft_s"]), rel=1e-3)
 
 

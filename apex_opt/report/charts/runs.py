@@ -53,9 +53,9 @@ def _distribution(title: str, own: str, found: dict[str, Any]) -> Chart:
     unit = unit_of(own, [float(values[-1]) for values in found.values()])
     shares = np.linspace(0, 1, _POINTS + 1)
     rows: list[Row] = [
-        {"series": plan, "x": unit(round(float(values[place]), 9)), "share": float(share)}
+        {"series": plan, "x": unit(round(float(value), 9)), "share": float(share)}
         for plan, values in found.items()
-        for share, place in zip(shares, np.minimum((shares * len(values)).astype(int), len(values) - 1), strict=True)
+        for share, value in zip(shares, np.quantile(values, shares), strict=True)
     ]
     log = min(float(values[0]) for values in found.values()) > 0
     head, names = unit.head(title), list(found)
@@ -71,9 +71,9 @@ def _distribution(title: str, own: str, found: dict[str, Any]) -> Chart:
     }
     encoding = {**hovered, "strokeDash": dashes(names)}
     tabled = [
-        (plan, f"{share}%", text(unit(float(values[min(int(share / 100 * len(values)), len(values) - 1)]))))
+        (plan, f"{share}%", text(unit(float(value))))
         for plan, values in found.items()
-        for share in _TABLED
+        for share, value in zip(_TABLED, np.percentile(values, _TABLED), strict=True)
     ]
     return Chart(
         name=title.lower(),
