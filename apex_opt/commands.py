@@ -64,7 +64,11 @@ class Result:
     def best(self) -> Any:
         """The best that was found; its `text` is the plan as `simulate` takes it. None where there is none."""
         best = getattr(self.document, "best", None)
-        return None if isinstance(best, int) else best  # of several answers side by side it is the place of one
+        if not isinstance(best, int):
+            return best
+        document: Any = self.document  # of several answers side by side, of which it is the place of one, from 1
+        clusters = getattr(document, "clusters", None)
+        return document.plans[best - 1].best if clusters is None else clusters[best - 1].answer.best
 
     def __repr__(self) -> str:
         """What was found, in a line; `page` has everything."""

@@ -139,6 +139,17 @@ def test_csv_of_answers_side_by_side_has_the_best_of_each_and_of_a_comparison_it
     assert plain[0]["plan"] == apex_opt.plan(**CHEAP).best.plan
 
 
+def test_the_best_of_several_answers_is_that_of_the_one_named_as_the_best() -> None:
+    plans = apex_opt.simulate(plan=["tp1", "tp2"], **CHEAP)
+    number = plans.to_dict()["best"]
+    assert plans.best.plan == plans.to_dict()["plans"][number - 1]["best"]["plan"]
+    clusters = apex_opt.plan(**CHEAP | {"cluster": "1xl40s,1xh100-sxm"})
+    assert clusters.to_dict()["best"] == 2
+    assert clusters.best.plan == clusters.to_dict()["clusters"][1]["answer"]["best"]["plan"]
+    assert clusters.best.plan in repr(clusters)
+    assert apex_opt.plan(**CHEAP | {"cluster": "1xl4,1xl40s", "slo": "ttft_p95<=1us"}).best is None
+
+
 def test_progress_is_told_to_whoever_asks() -> None:
     told: list[tuple[str, int, int]] = []
     apex_opt.plan(**CHEAP, progress=lambda *step: told.append(step))
