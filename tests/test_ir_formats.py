@@ -112,6 +112,12 @@ def test_unknown_names_come_with_suggestions() -> None:
         get_format("fp9")
 
 
+@pytest.mark.parametrize(("name", "meant"), [("int4", "w4a16"), ("INT8", "w8a8")])
+def test_a_width_alone_is_answered_with_the_formats_there_are_and_the_one_that_is_meant(name: str, meant: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"known: bf16, .*; {meant} is "):
+        get_format(name)
+
+
 def test_a_format_checks_itself() -> None:
     with pytest.raises(InputError, match="weight_bits must be a Fraction above 0"):
         NumberFormat(name="x", weight_bits=Fraction(0), activation="bf16", description="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -246,3 +247,18 @@ def test_a_mix_of_formats_is_that_of_its_own_checkpoint_alone() -> None:
             parse_plan(f"tp2 {name}", make_model((dense(), 4)))
     with pytest.raises(UsageError, match="unknown weight format 'fp8\\+fp7'"):
         parse_plan("tp2 fp8+fp7", mixed)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("tensor 8", "cannot read 'tensor', which is neither a degree, as tp8, nor a format"),
+        ("bf16 8", "cannot read '8', which is neither"),
+        ("tp8 ep2", "tp8 alone cuts both cells already, so ep2 cannot stand beside it; say what cuts which"),
+        ("prefill 1 x tp1, decode 1 x tp1", "prefill has its plan in braces; such as: prefill{"),
+        ("fp8 bf16", "format is given twice"),
+    ],
+)
+def test_the_word_that_cannot_stand_is_named(text: str, told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        parse_plan(text, make_model((dense(), 8)))

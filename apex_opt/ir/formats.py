@@ -178,6 +178,13 @@ KV_BYTES: Final[Mapping[str, int]] = MappingProxyType({"bf16": 2, "fp16": 2, "fp
 """Bytes of one key or value element in the KV cache."""
 
 
+_WIDTHS: Final = {
+    "int4": "w4a16 is 4-bit integer weights with 16-bit activations",
+    "int8": "w8a8 is 8-bit integer weights and activations, w8a16 such weights with 16-bit activations",
+}
+"""What names that state a width alone may mean."""
+
+
 def get_format(name: str) -> NumberFormat:
     """Weight format by name, in any case; a mixed one by the names of its formats, joined by `+`.
 
@@ -187,7 +194,8 @@ def get_format(name: str) -> NumberFormat:
     """
     found = _find_format(name.lower())
     if found is None:
-        raise UnknownNameError("number format", name, FORMATS)
+        hint = _WIDTHS.get(name.lower(), "")
+        raise UnknownNameError("number format", name, FORMATS, hint, alike=not hint)
     return found
 
 

@@ -297,10 +297,17 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
             _once(found, match["limit"], match["limit_n"], text)
         elif match["short"]:
             degree = _template(match["short"], text, example)
+            if "short" in found and found["short"][:2] != word[:2]:
+                raise UsageError(
+                    f"plan {text!r:.100}: {found['short']} alone cuts both cells already, so {word} cannot stand "
+                    "beside it; say what cuts which, such as: attn(tp8) ffn(tp4,ep2)"
+                )
             _once(found, "attn", word, text)
             _once(found, "ffn", word, text)
+            found["short"] = word
             cells = {"attn": Template(tp=degree.tp * degree.ep), "ffn": degree}
         else:
+            _check_word(word, found.get("format"), text, example)
             _once(found, "format", match["format"].lower(), text)
     weight_format = found.get("format", model.weight_format)
     if not is_format(weight_format):
@@ -337,6 +344,30 @@ def parse_plan(text: str, model: Model, example: str = EXAMPLE) -> Plan:
 
 def _unknown_format(name: str) -> str:
     return f"unknown weight format {name!r}; known: {', '.join(FORMATS)}"
+
+
+def _check_word(word: str, before: str | None, text: str, example: str) -> None:
+    """Whether a word may be a format; where there are several, which cannot be one.
+
+    Parameters
+    ----------
+    word : str
+    before : str or None    the format that was read before
+    text, example : str     of the plan, and of another
+
+    Raises
+    ------
+    UsageError
+    """
+    if word.lower() in ("prefill", "decode"):
+        such = "prefill{dp2 tp2 bf16} + decode{tp4 bf16}"
+        raise UsageError(f"plan {text!r:.100}: {word} has its plan in braces; such as: {such}")
+    wrong = [one for one in (before, word.lower()) if one is not None and not is_format(one)]
+    if before is not None and wrong:
+        raise UsageError(
+            f"plan {text!r:.100}: cannot read {wrong[0]!r:.60}, which is neither a degree, as tp8, nor a format; an "
+            f"example: {example}"
+        )
 
 
 def _once(found: dict[str, str], key: str, value: str, text: str) -> None:
