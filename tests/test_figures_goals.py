@@ -14,6 +14,8 @@ from apex_opt.figures import Goal, load_latency, load_objective, load_objectives
 from apex_opt.figures.measure import percent
 from apex_opt.figures.metrics import Metrics
 from apex_opt.figures.registry import STATISTICS, names, per_item, per_run
+from apex_opt.report.layout import amount, seconds
+from apex_opt.search.answer import reached
 
 FIGURES = {one.name: one.unit.name for one in per_run()}
 LATENCIES = tuple(one.name for one in per_item())
@@ -428,3 +430,30 @@ def test_large_values_are_told_in_digits() -> None:
     (goal,) = parse_goals("ttft_p95<=1ms")
     told = [goal.told(value) for value in (0.01234567, 0.9994, 95.92, 12345.678)]
     assert told == ["12.35 ms", "999.4 ms", "95.92 s", "12,346 s"]
+
+
+@pytest.mark.parametrize(
+    ("goal", "value", "told"),
+    [
+        ("e2e_mean<=532ms", 0.53201, "532.01 ms"),
+        ("e2e_mean<=532ms", 0.5329, "532.9 ms"),
+        ("e2e_mean<=532ms", 0.532, "532 ms"),
+        ("e2e_mean<=1s", 1.00002, "1.00002 s"),
+        ("e2e_mean<=532.04ms", 0.532041, "532.041 ms"),
+        ("makespan<=20000s", 20000.25, "20,000.2 s"),
+        ("throughput>=10", 9.99999, "9.99999 requests/s"),
+        ("cost_per_mtoken<=1$", 1.00001, "1.00001"),
+        ("ttft<=1s@99%", 0.98999, "98.999%"),
+        ("ttft<=1s@99%", 0.95, "95.0%"),
+    ],
+)
+def test_what_is_reached_is_told_in_as_many_digits_as_tell_it_from_the_limit(
+    goal: str, value: float, told: str
+) -> None:
+    (one,) = parse_goals(goal)
+    assert reached(one, value).startswith(told)
+
+
+def test_tables_have_as_many_digits_beside_a_limit() -> None:
+    assert seconds(0.53201) == "532.0 ms" and seconds(0.53201, 0.532) == "532.01 ms"
+    assert amount(1.00001, "$", 1.0) == "1.00001 $" and amount(2000.1, "J", 2000.0) == "2.0001 kJ"

@@ -119,8 +119,8 @@ class Goal:
         return (self.threshold - value if self.at_most else value - self.threshold) / self.threshold
 
     def told(self, value: float) -> str:
-        """A value of the figure with its unit, in a sentence."""
-        return self.figure.unit.tell(value)
+        """A value of the figure with its unit, in a sentence, with as many digits as tell it from the limit."""
+        return self.figure.unit.tell(value, self.limit)
 
     def _canonical(self) -> str:
         """Shortest text that is read as the same goal."""

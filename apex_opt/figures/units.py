@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Final
 from apex_opt.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 EXAMPLE: Final = "ttft_p95<=500ms,tpot_p95<=50ms,e2e<=10s@99%,throughput>=10"
 
 NUMBER: Final = re.compile(r"[+-]?(?:\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})(?:[eE][+-]?\d{1,3})?", re.ASCII)
+
+_MOST_DIGITS: Final = 10
+"""Digits more than usual that a value is told with beside a limit, at most."""
 
 _ONE: Final = Decimal(1)
 _TIMES: Final = {
@@ -94,11 +97,51 @@ class Unit:
         ending = next((end for end in larger if exact >= self.endings[end]), least)
         return f"{plain(exact / self.endings[ending])}{ending}"
 
-    def tell(self, value: float) -> str:
-        """A value with its unit, in a sentence."""
+    def tell(self, value: float, limit: float | None = None) -> str:
+        """A value with its unit, in a sentence.
+
+        Parameters
+        ----------
+        value : float
+        limit : float or None    that it is told beside, with as many digits as it takes to be on the right side of it
+        """
         scale, text = next((one for one in self.told if abs(value) >= one[0]), self.told[-1])
         number = value / scale
-        return f"{f'{number:.4g}' if abs(number) < 9999.5 else f'{number:,.0f}'} {text or self.name}"
+        least = 0 if abs(number) >= 9999.5 else 4
+
+        def written(more: int) -> str:
+            return f"{number:.{least + more}g}" if least else f"{number:,.{more}f}"
+
+        return f"{beside(written, value, limit, scale)} {text or self.name}"
+
+
+def beside(written: Callable[[int], str], value: float, limit: float | None, scale: float = 1.0) -> str:
+    """A number with the fewest digits with which it is above, below or at a limit as its value is.
+
+    Parameters
+    ----------
+    written : callable       the number with so many digits more than usual
+    value : float
+    limit : float or None    in the unit of the value
+    scale : float            what the number is written in, in this unit
+    """
+    usual = written(0)
+    if limit is None or not (math.isfinite(value) and math.isfinite(limit)):
+        return usual
+    exact = Decimal(repr(float(limit)))
+    side = _side(Decimal(repr(float(value))), exact)
+    told = (written(more) for more in range(_MOST_DIGITS))
+    one = Decimal(repr(scale))
+    return next((text for text in told if _side(Decimal(text.replace(",", "")) * one, exact) == side), usual)
+
+
+def percent(share: float, limit: float | None = None, places: int = 1) -> str:
+    """A share in percent; beside a limit with as many digits as tell it from that."""
+    return f"{beside(lambda more: f'{100 * share:.{places + more}f}', share, limit, 0.01)}%"
+
+
+def _side(value: Decimal, limit: Decimal) -> int:
+    return (value > limit) - (value < limit)
 
 
 DURATION: Final = Unit(

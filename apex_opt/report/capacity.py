@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from rich.text import Text
 
+from apex_opt.figures.goals import parse_goals
+from apex_opt.figures.units import percent
 from apex_opt.report import studied
 from apex_opt.report.document import question_document, scored_document
 from apex_opt.report.launch import launch_section
@@ -228,18 +230,21 @@ def _not_next(row: Document) -> str:
     if row["why_not_next"] == "goals":
         return _missed(row)
     if row["why_not_next"] == "prediction" and row["missed_at_next_rate"]:
-        worst = (f"{text} at {seconds(value)}" for text, value in row["missed_at_next_rate"].items())
+        worst = (f"{text} at {_beside(text, value)}" for text, value in row["missed_at_next_rate"].items())
         return f"another run could miss {', '.join(worst)}"
     return _WHY.get(row["why_not_next"] or "", "-")
 
 
 def _missed(row: Document) -> str:
     """Goals that fail at the next rate, with the figures reached there."""
-    figures = (
-        f"{text} fails at {f'{value:.2%}' if '@' in text else seconds(value)}"
-        for text, value in row["missed_at_next_rate"].items()
-    )
+    figures = (f"{text} fails at {_beside(text, value)}" for text, value in row["missed_at_next_rate"].items())
     return ", ".join(figures) or "-"
+
+
+def _beside(text: str, value: float) -> str:
+    """What is reached of a goal, in as many digits as tell it from the limit."""
+    (goal,) = parse_goals(text)
+    return seconds(value, goal.limit) if goal.fraction is None else percent(value, goal.fraction, places=2)
 
 
 def _plans(console: Console, document: Document) -> None:

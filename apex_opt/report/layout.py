@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from rich.console import Console
 from rich.text import Text
 
+from apex_opt.figures.units import beside
 from apex_opt.report.grid import RULE, grid
 from apex_opt.report.sources import in_full
 from apex_opt.units import GB
@@ -205,31 +206,36 @@ def provenance_table(console: Console, provenance: Provenance) -> None:
     table(console, "Where the figures come from", ("", ""), in_full(provenance).items(), left={0, 1})
 
 
-def seconds(value: float | None) -> str:
-    """A duration with the unit that suits it."""
+def seconds(value: float | None, limit: float | None = None) -> str:
+    """A duration with the unit that suits it; beside a limit with as many digits as tell it from that."""
     if value is None:
         return "-"
     if abs(value) < 1e-3:
-        return f"{value * 1e6:.1f} us"
+        return f"{beside(lambda more: f'{value * 1e6:.{1 + more}f}', value, limit, 1e-6)} us"
     if abs(value) < 1:
-        return f"{value * 1e3:.1f} ms"
-    return f"{value:.2f} s" if abs(value) < 1e4 else f"{value:,.0f} s"
+        return f"{beside(lambda more: f'{value * 1e3:.{1 + more}f}', value, limit, 1e-3)} ms"
+    if abs(value) < 1e4:
+        return f"{beside(lambda more: f'{value:.{2 + more}f}', value, limit)} s"
+    return f"{beside(lambda more: f'{value:,.{more}f}', value, limit)} s"
 
 
-def amount(value: float | None, unit: str) -> str:
-    """A figure in seconds, joules or another unit, as people read it."""
+def amount(value: float | None, unit: str, limit: float | None = None) -> str:
+    """A figure in seconds, joules or another unit, as people read it; beside a limit as `seconds`."""
     if value is None:
         return "-"
     if unit == "s":
-        return seconds(value)
+        return seconds(value, limit)
     if unit == "B":
         return f"{value / GB:,.1f} GB"
-    return f"{kilojoules(value)} kJ" if unit == "J" else f"{value:.3f} {unit}"
+    if unit == "J":
+        return f"{kilojoules(value, limit)} kJ"
+    return f"{beside(lambda more: f'{value:.{3 + more}f}', value, limit)} {unit}"
 
 
-def kilojoules(joules: float) -> str:
+def kilojoules(joules: float, limit: float | None = None) -> str:
     """An energy in kJ, of short runs in whole joules, so that what differs looks different."""
-    return f"{joules / 1e3:,.1f}" if joules >= 1e3 else f"{joules / 1e3:.3f}"
+    places = 1 if joules >= 1e3 else 3
+    return beside(lambda more: f"{joules / 1e3:,.{places + more}f}", joules, limit, 1e3)
 
 
 def count(number: int, noun: str) -> str:

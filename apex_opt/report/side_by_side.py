@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from apex_opt.figures.goals import parse_goals
+from apex_opt.figures.units import percent
 from apex_opt.report import studied, types
 from apex_opt.report.explain import terms_table
 from apex_opt.report.launch import launch_section
@@ -160,7 +162,7 @@ def _figures(runs: Sequence[Document]) -> Iterator[tuple[str, ...]]:
 
     yield "GPUs", *(str(run["gpus"]) for run in runs)
     for text in metrics[0]["slo"]:
-        yield text, *(_judged(one["slo"][text]) for one in metrics)
+        yield text, *(_judged(text, one["slo"][text]) for one in metrics)
     for about in in_order():
         if all(about.key in one for one in metrics):
             for which in ("mean", "p95"):
@@ -191,6 +193,8 @@ def _figures(runs: Sequence[Document]) -> Iterator[tuple[str, ...]]:
         yield "KV cache per GPU, at least", *(amount(size, "B") for size in caches)
 
 
-def _judged(slo: Document) -> str:
-    reached = f"{slo['reached']:.1%}" if slo["unit"] == "share" else amount(slo["reached"], slo["unit"])
+def _judged(text: str, slo: Document) -> str:
+    (goal,) = parse_goals(text)
+    share = slo["unit"] == "share"
+    reached = percent(slo["reached"], goal.fraction) if share else amount(slo["reached"], slo["unit"], goal.limit)
     return f"{'met' if slo['met'] else 'MISSED'}, {reached}"

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
+from apex_opt.figures.goals import parse_goals
 from apex_opt.figures.registry import figure, per_item, split
+from apex_opt.figures.units import percent
 from apex_opt.report.expected import expected_table
 from apex_opt.report.explain import why_not
 from apex_opt.report.launch import launch_section
@@ -359,11 +361,12 @@ def _cost(metrics: Document) -> list[tuple[str, str]]:
 
 def _reached(text: str, slo: Document) -> str:
     """The figure that a goal was compared with, and the share of requests within its limit where it is on these."""
-    about = figure(split(re.split("[<>]", text)[0])[0])
+    (goal,) = parse_goals(text)
+    about, told = goal.figure, amount(slo["reached"], slo["unit"], goal.limit)
     if about.of == "run":
-        return amount(slo["reached"], slo["unit"])
-    share = f"{slo['attainment']:.1%} of {about.of}s within"
-    return share if slo["unit"] == "share" else f"{amount(slo['reached'], slo['unit'])} reached, {share}"
+        return told
+    share = f"{percent(slo['attainment'], goal.fraction)} of {about.of}s within"
+    return share if slo["unit"] == "share" else f"{told} reached, {share}"
 
 
 def memory_table(console: Console, title: str, stages: Sequence[Document]) -> None:

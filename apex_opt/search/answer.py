@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from apex_opt.figures.units import percent
 from apex_opt.plans.deployment import Deployment
 
 if TYPE_CHECKING:
@@ -158,4 +159,6 @@ def misses(metrics: Metrics, slos: Iterable[Goal]) -> str:
 
 def reached(slo: Goal, value: float) -> str:
     """What a goal is compared with, in words."""
-    return f"{value:.1%}" if slo.statistic == "attain" else slo.told(value)
+    if slo.fraction is None:
+        return slo.told(value)
+    return percent(value, slo.fraction)
