@@ -31,7 +31,7 @@ PLANS = (
     (DENSE, "pp2[41,39] tp4 fp8 kv=fp8", 2, 4),
     (DENSE, "tp16", 2, 8),
     (DENSE, "dp3 tp2 clock=1200 seqs=64 tokens=2048", 2, 3),
-    (DENSE, "attn(dp2,tp4) ffn(dp2,tp4)", 1, 8),
+    (DENSE, "dp2 tp4", 1, 8),
     (DENSE, "attn(dp2,tp4) ffn(tp8)", 1, 8),
     (DENSE, "tp4 w4a16", 1, 8),
     (MOE, "attn(dp8) ffn(ep8)", 1, 8),

@@ -25,7 +25,6 @@ WORDS = {
     "copied_attention": "families with attention copies",
     "copied_drafts": "ways to make drafts over attention copies",
     "one_gpu_copies": "an attention copy has one GPU",
-    "copies_on_one_node": "whole copies of an engine on one node only",
     "experts_by_both": "experts cut by ep and tp at once",
     "dense_per_copy": "dense and shared FFNs in each attention copy",
     "whole_shared": "families with whole shared experts where experts are cut by ep and attention has copies",

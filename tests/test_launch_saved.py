@@ -260,7 +260,7 @@ def test_a_graph_of_dynamo_has_the_fields_of_its_type(plan: str, routing: str) -
     assert "--port" not in worker["extraPodSpec"]["mainContainer"]["args"]
 
 
-@pytest.mark.parametrize("plan", ["tp8", "dp2 tp4", "attn(dp2,tp4) ffn(dp2,tp4)"])
+@pytest.mark.parametrize("plan", ["tp8", "dp2 tp4"])
 def test_values_of_llm_d_are_those_of_its_chart(plan: str) -> None:
     asked = document("vllm", plan)
     values = json.loads(files_of(asked, {})["llm-d-values.yaml"])

@@ -61,20 +61,9 @@ def test_attention_has_copies_in_the_families_that_are_written_for_it() -> None:
     assert has(emitted("sglang", DENSE, "attn(dp2,tp4) ffn(tp8)", 1, 8), "no attention copies of llama models")
 
 
-def test_whole_copies_are_engines_of_their_own() -> None:
-    (command,) = emitted("sglang", DENSE, "attn(dp2,tp4) ffn(dp2,tp4)", 1, 8).commands
-    assert value(command, "--tp-size") == "4"
-    assert value(command, "--dp-size") == "2"
-    assert value(command, "--max-running-requests") == "512"
-    assert value(command, "--chunked-prefill-size") == "4096"
-    assert "--enable-dp-attention" not in command.argv
-
-
 def test_each_copy_has_the_limits_it_was_simulated_with_where_each_had_its_own() -> None:
     ranks = {"settings": {"scheduler": VllmScheduling()}}
-    whole = emitted("sglang", DENSE, "attn(dp2,tp4) ffn(dp2,tp4) seqs=100 tokens=2000", 1, 8, **ranks).commands[0]
     shared = emitted("sglang", "qwen3-30b-a3b", "attn(dp8) ffn(ep8) seqs=100 tokens=2000", 1, 8, **ranks).commands[0]
-    assert (value(whole, "--max-running-requests"), value(whole, "--chunked-prefill-size")) == ("100", "2000")
     # SGLang deals an eighth to each.
     assert (value(shared, "--max-running-requests"), value(shared, "--chunked-prefill-size")) == ("800", "16000")
 
@@ -93,7 +82,6 @@ def test_whole_prompts_have_no_chunks() -> None:
     ("model", "plan", "nodes", "gpus", "why"),
     [
         (MOE, "attn(tp8) ffn(dp2,tp4)", 1, 8, "no copies of the FFN"),
-        (DENSE, "attn(dp2,tp4) ffn(dp2,tp4)", 2, 4, "on one node"),
         (DENSE, "pp3 tp2", 2, 3, ""),
         (DENSE, "pp2 tp8", 4, 4, ""),
         (DENSE, "pp4 tp2", 2, 4, ""),

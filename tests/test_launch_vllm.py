@@ -193,12 +193,6 @@ def test_what_it_has_no_words_for_gets_a_reason_and_no_command(
     assert not why or has(found, why)
 
 
-def test_copies_that_share_nothing_are_engines_behind_one_port() -> None:
-    found = emitted("vllm", DENSE, "attn(dp2,tp4) ffn(dp2,tp4)", 1, 8)
-    assert value(found.commands[0], "--data-parallel-size") == "2"
-    assert not has(found, "form batches together")
-
-
 def test_its_own_parser_takes_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vllm", reason="vllm is not installed: its own parser cannot judge the commands")
     platform = importlib.import_module("vllm.platforms").current_platform

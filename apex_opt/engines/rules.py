@@ -35,7 +35,6 @@ class EngineRules:
     cuda_only : bool                GPUs that do not run CUDA are refused; else what they run is not known here
     ffn_copies : bool               copies of the FFN inside a replica, where attention has fewer
     dense_attention_copies : bool   attention copies before a dense FFN that is cut over all GPUs of a stage
-    copies_on_one_node : bool       whole copies of one engine lie on one node
     moe_copies : bool               whole copies of a mixture of experts in one engine
     copied_attention : set or None  families that can have attention copies; None: all
     copied_drafts : set or None     ways to make drafts that attention copies before one FFN can have; None: all
@@ -97,7 +96,6 @@ class EngineRules:
     cuda_only: bool = False
     ffn_copies: bool = False
     dense_attention_copies: bool = False
-    copies_on_one_node: bool = False
     moe_copies: bool = False
     copied_attention: frozenset[str] | None = None
     copied_drafts: frozenset[str] | None = None

@@ -17,7 +17,6 @@ SGLANG: Final = EngineRules(
         {"qwen3", "qwen2_moe", "qwen3_moe", "gpt_oss", "minimax_m2", "deepseek_v2", "deepseek_v3", "glm4_moe"}
     ),
     copied_drafts=frozenset({"eagle", "mtp"}),
-    copies_on_one_node=True,
     experts_by_both=True,
     formats=MappingProxyType(
         {
@@ -54,7 +53,6 @@ SGLANG: Final = EngineRules(
             "dense_attention_copies": "srt/layers/dp_attention.py: tokens of all copies are gathered first",
             "experts_by_both": "srt/runtime_context.py: moe_tp_size = tp_size / ep_size",
             "dense_per_copy": "srt/arg_groups: moe_dense_tp_size is None: dense FFNs are cut over all GPUs of a stage",
-            "copies_on_one_node": "srt/arg_groups/validation_hook.py: dp_size > 1 and nnodes != 1",
             "copied_attention": "srt/models/*: those whose attention is cut by the attention-parallel size",
             "copied_drafts": "srt/arg_groups/speculative_hook.py: n-grams and draft models go without dp attention",
             "formats": "get_min_capability of srt/layers/quantization/*",

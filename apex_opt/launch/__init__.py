@@ -12,7 +12,6 @@ from apex_opt.launch.commands import Asked, Command, Launch, Replica, on_nodes
 from apex_opt.launch.sglang import ABOUT_ROUTER, Sglang, pd_router, unmatched
 from apex_opt.launch.trtllm import Trtllm
 from apex_opt.launch.vllm import ABOUT_PROXY, Vllm, proxy
-from apex_opt.plans.engine import has_ranks
 from apex_opt.plans.refusals import refusals
 
 if TYPE_CHECKING:
@@ -52,8 +51,6 @@ def launch(
     asked = Asked(problem=problem, plan=plan, checkpoint=checkpoint, rules=spoken.rules)
     replicas = tuple(Replica(index=index, stages=stages) for index, stages in enumerate(assignment))
     refused = [*refusals(spoken.rules, problem.model, problem.cluster, plan, asked.settings)]
-    if asked.whole_copies and spoken.rules.copies_on_one_node and any(len(replica.nodes) > 1 for replica in replicas):
-        refused.append(f"ffn(dp{plan.ffn.dp}): {spoken.rules.release} keeps whole copies of an engine on one node")
     if refused:
         notes = [f"no command: {spoken.rules.release} cannot run this plan", *dict.fromkeys(refused)]
         return Launch(engine=engine, commands=(), notes=tuple(notes))
@@ -242,6 +239,4 @@ def _notes(asked: Asked, engine: Engine, replicas: Sequence[Replica]) -> Iterato
         yield "clock: nvidia-smi -lgc needs root; nvidia-smi -rgc takes it back"
     elif plan.clock_mhz is not None:
         yield f"clock: hold the GPUs at {plan.clock_mhz:,} MHz with the tool of their maker, not nvidia-smi"
-    if asked.whole_copies and not has_ranks(problem.settings, plan):
-        yield "copies: each runs on its own, in the figures they form batches together"
     yield from engine.notes(asked, replicas)

@@ -197,12 +197,6 @@ class Asked:
         scheme = self.problem.model.scheme
         return scheme.method if scheme is not None and self.as_published else None
 
-    @property
-    def whole_copies(self) -> bool:
-        """Whether each attention copy has an FFN copy of its own: copies then share nothing."""
-        attention, ffn = self.plan.attention, self.plan.ffn
-        return attention.dp == ffn.dp > 1
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from apex_opt.engines import SGLANG
 from apex_opt.engines.schedulers import SglangScheduling
-from apex_opt.launch.commands import FIRST_PORT, HEAD, PORT_STEP, Command, hosts, per_copy, ports, stage_chunks
+from apex_opt.launch.commands import FIRST_PORT, HEAD, PORT_STEP, Command, hosts, ports, stage_chunks
 from apex_opt.plans.engine import limited, limits_shared, of_each
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Sglang:
     def notes(self, asked: Asked, replicas: Sequence[Replica]) -> list[str]:
         plan = asked.plan
         found = ["--mem-fraction-static is the share of memory that weights and KV cache take in the plan: check"]
-        if plan.attention.dp > 1 and not asked.whole_copies:
+        if plan.attention.dp > 1:
             found.append(
                 f"later releases spell --dp-size {plan.attention.dp} --enable-dp-attention as --attn-dp-size "
                 f"{plan.attention.dp}: check"
@@ -82,10 +82,8 @@ class Sglang:
         return found
 
     def servers(self, asked: Asked, replica: Replica, place: int) -> Iterator[Command]:
-        copies, plan = asked.plan.attention.dp, asked.plan
-        ranks = replica.by_copy(copies) if asked.whole_copies else replica.by_stage
-        sizes = [len(ranks)] if asked.whole_copies else stage_chunks(plan)  # whole copies are on one node
-        parts = hosts(ranks, sizes)
+        plan = asked.plan
+        parts = hosts(replica.by_stage, stage_chunks(plan))
         for rank, (host, port) in enumerate(zip(parts, ports(parts, place), strict=True)):
             env = [host.visible]
             if len(set(asked.layers)) > 1:  # SGLang gives what does not divide evenly to the last stages
@@ -107,15 +105,10 @@ class Sglang:
         copies, width, given = plan.attention.dp, plan.stage_devices, limited(asked.problem.settings, plan)
         each = copies // limits_shared(settings, plan)  # SGLang shares limits out itself
         seqs, tokens = each * given.max_num_seqs, each * given.max_num_batched_tokens
-        if asked.whole_copies:  # to each its own
-            width //= copies
-            seqs, tokens = per_copy(settings.max_num_seqs, asked), per_copy(settings.max_num_batched_tokens, asked)
         words = ["python", "-m", "sglang.launch_server", "--model-path", asked.weights]
         words += ["--tp-size", str(width), "--pp-size", str(plan.stages)]
         if copies > 1:
-            words += ["--dp-size", str(copies)]
-            if not asked.whole_copies:
-                words.append("--enable-dp-attention")
+            words += ["--dp-size", str(copies), "--enable-dp-attention"]
         if asked.moe and plan.ffn.ep > 1:
             words += ["--ep-size", str(plan.ffn.ep)]
         if plan.overlap is not None:
