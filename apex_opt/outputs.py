@@ -21,7 +21,7 @@ from apex_opt.files import files_below, reason, there
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 _WAY_OUT: Final = "name a file in a folder that can"
 _LONGEST_BEGINNING: Final = 100
@@ -79,14 +79,37 @@ def write_whole(path: Path, content: bytes, what: str) -> None:
         file.write(content)
 
 
+def placed(path: Path) -> Path:
+    """Where a path leads: one through `..` without it, so that what is there is seen where a folder on the way is not.
+
+    Raises
+    ------
+    OSError    a name that no system has, or a current folder that is gone
+    """
+    if "\0" in str(path):
+        raise OSError(None, "a name with a null character")
+    if ".." not in path.parts:
+        return path
+    if path.name == "..":
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent), path.name)  # a link at its end stays one
+
+
 @contextlib.contextmanager
-def fresh_folder(path: Path) -> Iterator[Path]:
+def fresh_folder(path: Path, check: Callable[[], None]) -> Iterator[Path]:
     """A folder to fill; it takes the place of the one at the path once the block has ended without an error.
+
+    Parameters
+    ----------
+    path : Path         of the folder
+    check : callable    raises where what is there may not be replaced; asked before the block and after it
 
     Raises
     ------
     OSError       a folder that cannot be made or replaced
     """
+    path = placed(path)
+    check()
     if path.is_symlink():
         raise OSError(None, "a link to a folder; name the folder itself")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +119,7 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         beside.chmod(0o777 & ~_umask())
         yield beside
         with moving:
+            check()  # what has come meanwhile stays
             gone = Path(tempfile.mkdtemp(".gone", f".{path.name[:_LONGEST_BEGINNING]}.", path.parent))
             old = gone / path.name
             if path.exists():
@@ -156,7 +180,8 @@ def check_folder(path: Path, what: str) -> None:
     InputError    one that cannot
     """
     try:
-        nearest = next(folder for folder in (path, *path.absolute().parents) if there(folder))
+        place = placed(path)
+        nearest = next(folder for folder in (place, *place.absolute().parents) if there(folder))
         if not nearest.is_dir():
             raise OSError(None, f"{nearest} is not a folder")
         tempfile.TemporaryFile(dir=nearest).close()
@@ -164,16 +189,17 @@ def check_folder(path: Path, what: str) -> None:
         raise InputError(f"{what} {path}: cannot be written ({reason(error)}); name another folder") from None
 
 
-def taken_alone(path: Path, what: str) -> int:
-    """A folder, made where there is none, for one program at a time: a number to close once it is done with.
+def taken_alone(path: Path, what: str) -> tuple[Path, int]:
+    """A folder, made where there is none, for one program at a time: where it is, a number to close once done with it.
 
     Raises
     ------
     InputError    one that cannot be made, or that another program is at work in
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        place = placed(path)
+        place.mkdir(parents=True, exist_ok=True)
+        lock = os.open(place / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise InputError(f"{what} {path}: cannot be written ({reason(error)}); name another folder") from None
     try:
@@ -181,7 +207,7 @@ def taken_alone(path: Path, what: str) -> int:
     except OSError:
         os.close(lock)
         raise InputError(f"{what} {path}: another run is at work in it; wait, or name another folder") from None
-    return lock
+    return place, lock
 
 
 def check_replaced(folder: Path, read: Iterable[Path]) -> None:

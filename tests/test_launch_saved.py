@@ -300,6 +300,8 @@ def test_nginx_deals_as_the_router_that_was_simulated() -> None:
 
 def test_a_folder_that_holds_something_is_refused_before_the_work_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("x")
+    with pytest.raises(InputError, match="not empty"):
+        check_new(tmp_path / "missing" / ".." / ".." / tmp_path.name)
     done = ONCE.run("simulate", "--plan", "tp8", "--save", str(tmp_path))
     assert done.code == 2
     assert done.out == ""

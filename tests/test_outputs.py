@@ -12,7 +12,16 @@ import pytest
 
 from apex_opt import outputs
 from apex_opt.errors import InputError
-from apex_opt.outputs import check_folder, check_outputs, check_replaced, fresh_folder, write_whole, written
+from apex_opt.launch.saved import check_new
+from apex_opt.outputs import (
+    check_folder,
+    check_outputs,
+    check_replaced,
+    fresh_folder,
+    taken_alone,
+    write_whole,
+    written,
+)
 from apex_opt.units import DATA_ROOT
 
 if TYPE_CHECKING:
@@ -107,7 +116,7 @@ def test_an_ending_program_removes_what_is_half_written(tmp_path: Path) -> None:
     with (
         pytest.raises(InputError, match="No such file"),
         written(tmp_path / "a.csv", "requests"),
-        fresh_folder(tmp_path / "b") as new,
+        fresh_folder(tmp_path / "b", lambda: None) as new,
     ):
         (new / "file").write_text("half")
         assert len(os.listdir(tmp_path)) == 2
@@ -188,11 +197,11 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(
 def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path: Path, umask: int) -> None:
     place = tmp_path / "h100/apex"
     for content in ("one", "two"):
-        with fresh_folder(place) as new:
+        with fresh_folder(place, lambda: None) as new:
             (new / "a").write_text(content)
         assert (place / "a").read_text() == content
     assert mode(place) == 0o777 & ~umask
-    with pytest.raises(ZeroDivisionError), fresh_folder(place) as new:
+    with pytest.raises(ZeroDivisionError), fresh_folder(place, lambda: None) as new:
         (new / "a").write_text("three")
         raise ZeroDivisionError
     assert (place / "a").read_text() == "two"
@@ -203,7 +212,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "a").mkdir()
     (tmp_path / "a/mine").write_text("mine")
     (tmp_path / "link").symlink_to("a")
-    with pytest.raises(OSError, match="a link to a folder"), fresh_folder(tmp_path / "link"):
+    with pytest.raises(OSError, match="a link to a folder"), fresh_folder(tmp_path / "link", lambda: None):
         pass
     rename = Path.rename
 
@@ -213,10 +222,34 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="Permission denied"), fresh_folder(tmp_path / "a"):
+    with pytest.raises(OSError, match="Permission denied"), fresh_folder(tmp_path / "a", lambda: None):
         pass
     assert sorted(os.listdir(tmp_path)) == ["a", "link"]
     assert (tmp_path / "a/mine").read_text() == "mine"
+
+
+def test_a_way_through_a_folder_that_is_missing_leads_where_it_says(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    around, found = tmp_path / "missing/../new", []
+    with fresh_folder(around, lambda: found.append(os.listdir(tmp_path))) as new:
+        (new / "a").write_text("a")
+    assert "missing" not in {name for listed in found for name in listed}
+    assert os.listdir(tmp_path) == ["new"] and os.listdir(tmp_path / "new") == ["a"]
+    place, lock = taken_alone(around, "target")
+    os.close(lock)
+    assert place == tmp_path / "new" and os.listdir(tmp_path) == ["new"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="file is not a folder"):
+        check_folder(tmp_path / "missing/../file", "target")
+
+
+def test_what_comes_into_a_folder_while_another_is_written_stays(tmp_path: Path) -> None:
+    place = tmp_path / "new"
+    with pytest.raises(InputError, match="not empty"), fresh_folder(place, lambda: check_new(place)) as new:
+        (new / "a").write_text("a")
+        place.mkdir()
+        (place / "mine").write_text("mine")
+    assert os.listdir(tmp_path) == ["new"] and os.listdir(place) == ["mine"]
 
 
 def test_a_folder_with_what_is_read_is_not_replaced(tmp_path: Path) -> None:

@@ -89,6 +89,9 @@ def test_a_folder_that_is_no_profile_is_left_alone(tmp_path: Path) -> None:
     other.mkdir()
     (other / "me.jpg").write_text("smile")
     with pytest.raises(InputError, match=r"photos: holds files and no card\.toml; .* name another --target"):
+        write_folder(tmp_path / "missing" / ".." / "h200-sxm" / "photos", "makes", HEAD, GPU, [table()])
+    assert (other / "me.jpg").is_file() and not (tmp_path / "missing").exists()
+    with pytest.raises(InputError, match=r"photos: holds files and no card\.toml; .* name another --target"):
         write_folder(other, "makes", HEAD, GPU, [table()])
     assert (other / "me.jpg").read_text() == "smile"
     (tmp_path / "file").touch()

@@ -56,7 +56,7 @@ class Store:
 
     def __enter__(self) -> Self:
         check_folder(self._folder, "target")
-        self._lock = taken_alone(self._folder, "target")
+        self._folder, self._lock = taken_alone(self._folder, "target")
         return self
 
     def __exit__(self, *_: object) -> None:

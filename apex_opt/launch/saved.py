@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import textwrap
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +26,7 @@ from apex_opt.files import expanded, reason, there
 from apex_opt.ir import load_model
 from apex_opt.launch.bench import CLIENT, DATASET
 from apex_opt.launch.commands import CHECKPOINT, HEAD, NGINX
-from apex_opt.outputs import check_folder, fresh_folder
+from apex_opt.outputs import check_folder, fresh_folder, placed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,9 +68,9 @@ def check_new(path: Path) -> None:
     if there(path) and not path.is_dir():
         raise InputError(f"--save {path}: is a file; name a folder that is not there yet")
     check_folder(path, "--save")
-    if path.is_symlink():
+    if (place := placed(path)).is_symlink():
         raise InputError(f"--save {path}: is a link, in whose place a folder would be put; name the folder it leads to")
-    if path.is_dir() and any(path.iterdir()):
+    if place.is_dir() and any(place.iterdir()):
         raise InputError(f"--save {path}: is there and not empty; name another folder, or empty it")
 
 
@@ -129,9 +130,8 @@ def save(
     if not launch or not launch["commands"]:
         why = "; ".join(launch["notes"][:2]) if launch else "the answer has no plan"
         raise InputError(f"--save {path}: nothing starts it, so nothing is written ({why})")
-    check_new(path)
     try:
-        with fresh_folder(path) as folder:
+        with fresh_folder(path, partial(check_new, path)) as folder:
             for name, text in files_of(document, given).items():
                 (folder / name).write_text(text, encoding="utf-8")
                 if name.endswith(".sh"):

@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from apex_opt.cluster.toml_reader import LARGEST_BYTES
 from apex_opt.errors import InputError
 from apex_opt.files import read_text
-from apex_opt.outputs import fresh_folder
+from apex_opt.outputs import fresh_folder, placed
 from apex_opt.profiles.schema import PEAK_DTYPES, schema_of
 from apex_opt.profiles.tables import write_table
 from apex_opt.units import GB, TERA
@@ -109,9 +110,8 @@ def write_folder(
     name = f"{folder.parent.name}/{folder.name}"
     reports, entries = [], []
     try:
-        if folder.exists() and not (folder / "card.toml").is_file() and any(folder.iterdir()):
-            raise InputError(f"{folder}: holds files and no card.toml; move them away, or name another --target")
-        with fresh_folder(folder) as fresh:
+        folder = placed(folder)
+        with fresh_folder(folder, partial(_check_ours, folder)) as fresh:
             for table in tables:
                 file = fresh / f"{table.kind}.npz"
                 write_table(file, schema_of(table.kind), table.columns)
@@ -132,6 +132,12 @@ def write_folder(
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from None
     return tuple(reports)
+
+
+def _check_ours(folder: Path) -> None:
+    """Whether a folder is a profile's, or empty, or not there."""
+    if folder.exists() and not (folder / "card.toml").is_file() and any(folder.iterdir()):
+        raise InputError(f"{folder}: holds files and no card.toml; move them away, or name another --target")
 
 
 def _power(card: Path) -> list[str]:
