@@ -41,7 +41,7 @@ class Result:
     holds : whether a certificate that was replayed holds
     files : what can be written besides, by name, each as a function of the path
     traffic : files that go into a folder of `--save` beside what it makes of the document, by name, as their lines
-    replay : the certificate replayed, where there is one
+    replay : the certificate replayed, where there is one, and a document held to what was answered
     details : the deployments that are answered, with their runs request by request, for charts
     drawn : charts that it has besides, each with the heading of its section in a report
     """
@@ -51,7 +51,7 @@ class Result:
     holds: bool = True
     files: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     traffic: Mapping[str, Callable[[], Iterable[str]]] = field(default_factory=dict)
-    replay: Callable[[Progress], Check] | None = None
+    replay: Callable[[Progress, types.Document], Check] | None = None
     details: Callable[[], Sequence[Detail]] = tuple
     drawn: Callable[[], Iterable[tuple[str, Chart]]] = tuple
 

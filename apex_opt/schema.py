@@ -14,7 +14,21 @@ from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache, reduce
 from operator import or_
 from types import NoneType, UnionType
-from typing import Any, Final, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    Literal,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 D = TypeVar("D")
 Document = dict[str, Any]
@@ -81,6 +95,31 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     return value
+
+
+def differences(said: Any, was: Any, where: str = "") -> Iterator[str]:
+    """What plain data says otherwise than other plain data, each by its place.
+
+    Parameters
+    ----------
+    said, was : documents, or parts of them, as `to_plain` gives them
+    where : their place
+    """
+    if isinstance(said, dict) and isinstance(was, dict):
+        for key in was | said:
+            yield from differences(said.get(key), was.get(key), f"{where}.{key}" if where else key)
+    elif isinstance(said, list) and isinstance(was, list) and len(said) == len(was):
+        for index, (one, other) in enumerate(zip(said, was, strict=True)):
+            yield from differences(one, other, f"{where}[{index}]")
+    elif said is not was and said != was:
+        yield f"{where} is {_short(said)}, and was answered as {_short(was)}"
+
+
+def _short(value: Any) -> str:
+    """A value for a message."""
+    if isinstance(value, dict | list):
+        return f"{len(value)} values"
+    return "nothing" if value is None else f"{value!r:.60}"
 
 
 def of(kind: type[D], *sources: object, **more: Any) -> D:

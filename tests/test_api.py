@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from apex_opt.commands import COMMANDS
 from apex_opt.errors import ApexError, UnknownNameError, UsageError
 from apex_opt.gate import REQUIRED, options_of
 from apex_opt.ir import load_model
+from apex_opt.report.types import Answer
 from apex_opt.workload import load_trace
 
 if TYPE_CHECKING:
@@ -172,6 +174,34 @@ def test_the_certificate_of_an_answer_is_replayed(planned: Result) -> None:
     assert found.document == apex_opt.plan(**CHEAP, top=2, check=True).document
     with pytest.raises(UsageError, match="check: takes an answer of plan or energy"):
         apex_opt.check(apex_opt.models())
+
+
+def test_a_falsified_answer_does_not_hold(planned: Result) -> None:
+    told = planned.document
+    assert isinstance(told, Answer) and told.best is not None
+    halved = replace(told, best=replace(told.best, value=told.best.value / 2))
+    found = apex_opt.check(replace(planned, document=halved))
+    assert not found.holds
+    assert [text.split(",")[0] for text in found.to_dict()["check"]["disagreements"]] == [
+        f"best.value is {told.best.value / 2!r}"
+    ]
+    counts = replace(told.certificate, space=told.certificate.space + 5, simulated=99, gap=0.5)
+    other = replace(told, certificate=counts, best=replace(told.best, plan="dp9 tp9"))
+    said = apex_opt.check(replace(planned, document=other)).to_dict()["check"]["disagreements"]
+    assert {text.split(" ")[0] for text in said} >= {
+        "best.plan",
+        "certificate.space",
+        "certificate.simulated",
+        "certificate.gap",
+    }
+
+
+def test_a_script_that_each_worker_runs_anew_is_told_of_the_line_it_lacks(tmp_path: Path) -> None:
+    script = tmp_path / "ask.py"
+    script.write_text(f"import apex_opt\napex_opt.plan(**{CHEAP!r}, workers=2)\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert 'A Python script asks for workers below if __name__ == "__main__":' in done.stderr.splitlines()[-1]
 
 
 def test_nothing_found_is_an_answer_and_what_cannot_be_asked_an_error() -> None:

@@ -86,7 +86,8 @@ def _side_by_side(plans: tuple[str, ...], ask: SimulateAsk) -> Result:
 def check(answer: Result, progress: Progress | None = None) -> Result:
     """Replay the certificate of an answer of `plan` or `energy`: the answer with what the replay finds, as `check`.
 
-    The space is counted again in plain Python, and every feasible plan is simulated to its end.
+    The space is counted again in plain Python, and every feasible plan is simulated to its end. A document
+    that says anything else than was answered does not hold.
 
     Raises
     ------
@@ -98,7 +99,7 @@ def check(answer: Result, progress: Progress | None = None) -> Result:
         raise UsageError("check: takes an answer of plan or energy on one cluster")
     if progress is not None:
         check_progress(progress)
-    found = answer.replay(progress or (lambda what, done, total: None))
+    found = answer.replay(progress or (lambda what, done, total: None), answer.document)
     document = replace(answer.document, check=replayed(found))  # type: ignore[call-arg]
     return replace(answer, document=document, holds=found.holds)
 

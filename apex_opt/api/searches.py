@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from apex_opt import arguments
 from apex_opt.api.answers import details_by_rate, details_of, document_of, launch_of, traffic_of
@@ -15,14 +15,14 @@ from apex_opt.commands import Result, command
 from apex_opt.errors import UsageError
 from apex_opt.files import expanded
 from apex_opt.gate import Arguments
-from apex_opt.schema import to_plain
+from apex_opt.schema import differences, to_plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from apex_opt.arguments import PlanAsk, SpreadAsk
     from apex_opt.gate import Progress
-    from apex_opt.report.types import Robust
+    from apex_opt.report.types import Document, Robust
     from apex_opt.search import Answer, Problem, Scorer
     from apex_opt.search.spread import Crew, Workers
     from apex_opt.studies.capacity_answer import Capacity
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from apex_opt.studies.trials import Trials
 
 A = TypeVar("A", bound=Arguments)
+
+_TOLD: Final = 20
+"""Places told in which a document is not as it was answered."""
 
 
 @command(arguments.PlanAsk)
@@ -105,14 +108,18 @@ def _best(ask: PlanAsk, priced: bool) -> Result:
     if not problem.several:
         found = explained(problem, answer, space, ask.tell, ask.time_limit, scorer)
 
-    def replay(progress: Progress) -> Check:
-        return check(problem, answer, space, formulation("deployment"), progress)
-
-    tested = replay(ask.tell) if ask.check else None
     document = document_of(name, problem, found.answer, ask, top, found)
     document = document if steadfast is None else replace(document, robust=steadfast)
     if fastest is not None and fastest.best is not None and answer.best is not None:
         document = replace(document, beside=beside_document(answer.best, fast, fastest))
+
+    def replay(progress: Progress, said: Document) -> Check:
+        found = check(problem, answer, space, formulation("deployment"), progress)
+        others = tuple(differences(to_plain(said) | {"check": None}, to_plain(document) | {"check": None}))
+        more = (f"and {len(others) - _TOLD} more are not as answered",) if len(others) > _TOLD else ()
+        return replace(found, disagreements=(*found.disagreements, *others[:_TOLD], *more))
+
+    tested = replay(ask.tell, document) if ask.check else None
     return Result(
         document=document if tested is None else replace(document, check=replayed(tested)),
         found=answer.best is not None,
