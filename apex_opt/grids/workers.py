@@ -43,6 +43,10 @@ RETRIES: Final = 3
 
 ANSWERS_WITHIN_S: Final = 2.0
 HEALTHY_WITHIN_S: Final = 6.0
+_DIED: Final = (
+    "its process died, twice: killed, or out of memory; take fewer --workers. A Python script asks for workers below "
+    'if __name__ == "__main__":'
+)
 _OBJECTS_BYTES: Final = 100 << 20
 
 
@@ -178,8 +182,7 @@ class Processes(Workers):
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._done.append((put[0], future.result()))
             elif self._alone:
-                lost = Lost("its process died, twice: killed, or out of memory; take fewer --workers")
-                self._done.append((put[0], lost))
+                self._done.append((put[0], Lost(_DIED)))
             else:
                 self._doubtful.append(put)
         self._flying.clear()
