@@ -7,6 +7,7 @@ dispatches and renders the help; what it returns is the command's arguments, whi
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -355,7 +356,7 @@ def _check_files(request: Request) -> None:
             raise UsageError("--save: is of one cluster, and --cluster names several; give one of them")
     outputs, inputs = files_of(request)
     for option, path in outputs.items():
-        if request.saved is not None and path.absolute().is_relative_to(request.saved.absolute()):
+        if request.saved is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(request.saved)):
             raise UsageError(f"--{option}={path}: is in the folder that --save writes; name a path outside it")
     plans = getattr(request.arguments, "plan", None)
     single = [name for name in ("requests", "timeline") if name in outputs] + ["save"] * (request.saved is not None)

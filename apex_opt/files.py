@@ -65,6 +65,11 @@ def there(path: Path) -> bool:
     return True
 
 
+def absence(path: Path, what: str = "no such file") -> str:
+    """Why there is nothing at a path: a link that leads nowhere is told as what it is."""
+    return f"a link to {os.readlink(path)}, which leads to no file" if os.path.islink(path) else what
+
+
 def read_bytes(path: Path, *, limit: int, where: str = "", want: str = "") -> bytes:
     """A regular file whole, as it is.
 
@@ -87,7 +92,7 @@ def read_bytes(path: Path, *, limit: int, where: str = "", want: str = "") -> by
     except InputError:
         raise
     except FileNotFoundError:
-        raise _refused(where, "no such file", want) from None
+        raise _refused(where, absence(path), want) from None
     except (OSError, ValueError) as error:
         raise _refused(where, f"cannot be read ({reason(error)})", want) from None
     if size > limit or len(data) > limit:

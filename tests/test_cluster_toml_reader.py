@@ -31,6 +31,14 @@ def test_getters_note_faults_and_return_none() -> None:
     assert all(fault.startswith("t.") for fault in faults)
 
 
+@pytest.mark.parametrize("value", ["two\nlines", "a\x1b[31mb", "a\u2028b", "a\x9bb"])
+def test_a_text_is_one_line_of_what_is_printed(value: str) -> None:
+    faults: list[str] = []
+    assert TomlTable({"name": value}, "t", faults).text("name") is None
+    assert len(faults) == 1 and faults[0].endswith("must be one line of printable text")
+    assert faults[0].isprintable()
+
+
 @pytest.mark.parametrize("value", [[1.0], [2.0, 1.0], [1.0, float("nan")], [1.0, True], [0.0, 1.0], [1, 10**400], "12"])
 def test_number_lists_must_rise_and_stay_in_range(value: object) -> None:
     faults: list[str] = []

@@ -164,7 +164,7 @@ def test_names_that_lead_nowhere_are_one_line(tmp_path: Path) -> None:
     write(tmp_path / "a", "text")
     for name, said in (
         ("no", "no such file"),
-        ("gone", "no such file"),
+        ("gone", "a link to nowhere, which leads to no file"),
         ("loop", "cannot be read (Too many levels of symbolic links)"),
         ("a/b", "cannot be read (Not a directory)"),
         ("x" * 5000, "cannot be read (File name too long)"),

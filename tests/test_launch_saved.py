@@ -317,6 +317,9 @@ def test_a_folder_that_holds_something_is_refused_before_the_work_and_left_alone
     done = ONCE.run("simulate", "--plan", "tp8", "--save", str(tmp_path / "new"), "--report", str(report))
     assert (done.code, done.out) == (2, "")
     assert done.err == f"error: --report={report}: is in the folder that --save writes; name a path outside it\n"
+    around = str(tmp_path / "missing" / ".." / "new")
+    done = ONCE.run("simulate", "--plan", "tp8", "--save", around, "--report", str(report))
+    assert done.err == f"error: --report={report}: is in the folder that --save writes; name a path outside it\n"
 
 
 def test_a_plan_that_nothing_starts_writes_nothing(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_what_no_own_time_explains_casts_doubt_on_the_plan(slower: float, doubte
         ('like = "nothing"\n[own_time]\nstep_us = 1', "like = 'nothing'"),
         ('like = "vllm"\nscheduler = "static"\n[own_time]\nstep_us = 1', "'scheduler'"),
         ('like = "vllm"', "own_time"),
-        ("own_time = 3", "like = None"),
+        ("own_time = 3", "like is missing: give one of"),
         ('like = "vllm"\nexpected = 3\n[own_time]\nstep_us = 1', "expected must be a table"),
         (
             'like = "vllm"\n[own_time]\nstep_us = 1\n[expected]\nttft_mean = {runs = 1, low = 1, middle = 1, high = 1}',

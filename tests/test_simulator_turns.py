@@ -139,6 +139,12 @@ def test_files_say_how_long_turns_wait(tmp_path: Path) -> None:
     path.write_text("arrival_s,prompt,output,session,delay_ms\n0,8,2,a,\n,8,2,b,5\n")
     with pytest.raises(InputError, match="line 3: missing arrival_s of the first turn"):
         load_trace(str(path))
+    for text in ("prompt,output,session,delay_ms\n8,2,a,\n8,2,b,5\n", "prompt,output,delay_ms\n8,2,\n8,2,5\n"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="line 3: delay_ms of the first turn, which comes after no answer"):
+            load_trace(str(path))
+    path.write_text("prompt,output,session,delay_ms\n8,2,a,\n20,2,a,5\n")
+    assert not load_trace(str(path)).timed
 
 
 def test_delays_that_cannot_be_are_refused() -> None:

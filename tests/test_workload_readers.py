@@ -186,6 +186,8 @@ PLAIN = "arrival_s,prompt,output\n"
         (PLAIN + '0,"5,1\n' + "9" * 140_000, "is not CSV"),
         (AZURE + "2023-11-16 18:15,1,1\n", "line 4: TIMESTAMP 2023-11-16 18:15 is not a time like"),
         (AZURE + "2023-02-29 18:15:00,1,1\n", "line 4: TIMESTAMP 2023-02-29 18:15:00 is not a time that exists"),
+        (AZURE + "2023-11-16 18:15:00+25:00,1,1\n", "line 4: .* is not a time that exists"),
+        (AZURE + "2023-11-16 18:15:00-05:60,1,1\n", "line 4: .* is not a time that exists"),
         (AZURE + "2023-11-16 25:15:00,1,1\n", "line 4: .* is not a time that exists"),
         (AZURE + "2023-11-16 18:15:46.0123456789,1,1\n", "line 4: .* is not a time like"),
         (AZURE + "9999-11-16 18:15:46,1,1\n", "line 4: TIMESTAMP 9999-11-16 18:15:46 is outside .* after the earliest"),
@@ -210,6 +212,13 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, text: str | bytes, me
     with pytest.raises(InputError, match=message) as caught:
         load_trace(write(tmp_path, text))
     assert "\n" not in str(caught.value) and "t.any" in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["gone", "t.csv"])
+def test_a_link_that_leads_nowhere_is_told_as_one(tmp_path: Path, target: str) -> None:
+    (tmp_path / "t.csv").symlink_to(target)
+    with pytest.raises(InputError, match=rf"t\.csv: a link to {target}, which leads to no file; name the file itself"):
+        load_trace(str(tmp_path / "t.csv"))
 
 
 @pytest.mark.parametrize("kind", ["csv", "json"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+import unicodedata
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,9 @@ _MOST_PARTS: Final = 64
 
 _BETWEEN: Final = re.compile(r"[\n=,\[\]{}#]")
 """What ends a key."""
+
+_BREAKING: Final = ("Cc", "Zl", "Zp", "Cs")
+"""Unicode's categories of letters that end lines or are not printed."""
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -143,7 +147,7 @@ class TomlTable:
         return None
 
     def text(self, field: str, *, choices: tuple[str, ...] = (), required: bool = True) -> str | None:
-        """A text that is not empty, one of `choices` where given.
+        """A text of one line that is not empty, one of `choices` where given.
 
         Parameters
         ----------
@@ -156,6 +160,8 @@ class TomlTable:
         value = self._table[field]
         if not isinstance(value, str) or not value.strip():
             self.faults.append(f"{self._label(field)} = {shown(value)} must be text that is not empty")
+        elif any(unicodedata.category(letter) in _BREAKING for letter in value):
+            self.faults.append(f"{self._label(field)} = {shown(value)} must be one line of printable text")
         elif choices and value not in choices:
             self.faults.append(f"{self._label(field)} = {shown(value)} must be one of {', '.join(choices)}")
         else:

@@ -256,6 +256,8 @@ def _calibrated(path: Path, kinds: Mapping[str, EngineKind]) -> EngineKind:
     expected, more = _errors(table.get("expected", {}))
     faults += more
     like, own = table.get("like"), table.get("own_time", {})
+    if like is None:
+        raise InputError(f"engine {path}: like is missing: give one of {', '.join(kinds)}")
     if not isinstance(like, str) or like not in kinds:
         raise InputError(f"engine {path}: like = {like!r:.40} must be one of {', '.join(kinds)}")
     base, known = kinds[like], [name for name in kinds[like].own_time if name.endswith("_us")]

@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from apex_opt.errors import InputError, join_faults
-from apex_opt.files import json_kind, read_json, there
+from apex_opt.files import absence, json_kind, read_json, there
 from apex_opt.ir.checks import count_fault, shown
 from apex_opt.ir.context import LENGTHS, angle_positions, context_limit
 from apex_opt.ir.families import FAMILIES, Family, Layers, Sizes
@@ -96,7 +96,7 @@ def read_file(path: Path, name: str | None = None) -> tuple[dict[str, Any], str,
         if not there(file):
             if file != path:
                 raise InputError(f"{path}: the folder holds no config.json; give the model's folder or the file itself")
-            raise InputError(f"{path}: no such file; give a config.json or the folder that holds it")
+            raise InputError(f"{path}: {absence(path)}; give a config.json or the folder that holds it")
         config = read_json_object(file)
         if not any(config.get(key) for key in QUANTISATION_KEYS):
             # Files of several models in one folder bear the model's name before what they are called otherwise.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from apex_opt.errors import InputError, UnknownNameError
-from apex_opt.files import expanded, read_text, there
+from apex_opt.files import absence, expanded, read_text, there
 from apex_opt.ir.huggingface import model_from_config, read_file, read_json_object
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def find_config(name_or_path: str) -> tuple[dict[str, Any], str, str]:
     # Lower case where something is near, as the error compares spellings letter by letter.
     shown = wanted.lower() if near else name_or_path[:200]
     if wanted.startswith((".", "/", "~")) or wanted.endswith(".json"):
-        raise InputError(f"model {name_or_path[:200]!r}: no such file; {_WAYS}")
+        raise InputError(f"model {name_or_path[:200]!r}: {absence(expanded(wanted))}; {_WAYS}")
     raise UnknownNameError("model", shown, near or entries, hint=_WAYS)
 
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from apex_opt.errors import InputError
-from apex_opt.files import check_regular, files_below, there
+from apex_opt.files import absence, check_regular, files_below, there
 from apex_opt.measured import apex, clients, handed, silicon, vllm_runs
 from apex_opt.measured.files import read_header, read_json
 
@@ -64,7 +64,8 @@ def read_measured(path: Path, deployed: Deployed | None = None) -> Measurements:
     InputError    no such path, no run in it, or a file of a known layout with faults: the first, in one line
     """
     if not there(path):
-        raise InputError(f"{path}: no such file or folder; docs/validation.md names what measured runs look like")
+        fault = absence(path, "no such file or folder")
+        raise InputError(f"{path}: {fault}; docs/validation.md names what measured runs look like")
     single = not path.is_dir()
     if single:
         check_regular(path, want="name a file of measured runs or its folder")

@@ -30,8 +30,8 @@ ANY_MODEL: Final = "*"
 """In place of models: what hangs on the text and not on the model, as n-grams do."""
 _ROWS: Final = 200
 """Rows after which the right drafts of an output repeat."""
-_RANGE: Final = re.compile(r"(.+):(\d)-(\d)")
-_RATE: Final = re.compile(r"\d{1,2}(\.\d{1,9})?")
+_RANGE: Final = re.compile(r"(.+):(\d)-(\d)", re.ASCII)
+_RATE: Final = re.compile(r"\d{1,2}(\.\d{1,9})?", re.ASCII)
 _LARGEST: Final = 1 << 20
 
 

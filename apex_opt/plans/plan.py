@@ -248,16 +248,17 @@ _WORD: Final = re.compile(
     r"|pp(?P<pp_n>\d+)(?:\[(?P<split>\d+(?:,\d+)*)\])?"
     r"|(?P<cell>attn|ffn)\((?P<inside>[^()]*)\)"
     r"|kv=(?P<kv>\w+)"
-    r"|on=(?P<on>[A-Za-z0-9][\w.-]*:\d{1,7}(?:\+[A-Za-z0-9][\w.-]*:\d{1,7})*)"
+    r"|on=(?P<on>[A-Za-z0-9](?u:[\w.-])*:\d{1,7}(?:\+[A-Za-z0-9](?u:[\w.-])*:\d{1,7})*)"
     r"|spec=(?P<spec>[^\s=]+)"
     r"|route=(?P<route>[^\s=]+)"
     r"|share=(?P<share>[^\s=]+)"
     r"|overlap=(?P<overlap>[^\s=]+)"
     r"|(?P<limit>clock|seqs|tokens)=(?P<limit_n>\d+)"
     r"|(?P<short>(?:tp|ep)\d+)"
-    r"|(?P<format>\w+(?:\+\w+)*)"
+    r"|(?P<format>\w+(?:\+\w+)*)",
+    re.ASCII,
 )
-_FACTOR: Final = re.compile(r"(dp|tp|ep)(\d+)")
+_FACTOR: Final = re.compile(r"(dp|tp|ep)(\d+)", re.ASCII)
 EXAMPLE: Final = "dp2 pp2 attn(tp4) ffn(tp4) bf16"
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MULTIPLEXED: Final = "pdmux"
 _MOST_UNITS: Final = 999
-_TEXT: Final = re.compile(r"(?P<word>pdmux)?(?P<colon>:)?(?:(?P<prefill>\d{1,3})/(?P<decode>\d{1,3}))?")
+_TEXT: Final = re.compile(r"(?P<word>pdmux)?(?P<colon>:)?(?:(?P<prefill>\d{1,3})/(?P<decode>\d{1,3}))?", re.ASCII)
 EXAMPLES: Final = f"80/100, {MULTIPLEXED}, {MULTIPLEXED}:72/60"
 
 

@@ -98,7 +98,7 @@ def parse_drafter(text: str) -> Drafter:
     """
     method, _, rest = text.strip().partition(":")
     model, _, drafts = rest.rpartition(":")
-    if not drafts.isdecimal() or len(drafts) > 3:
+    if not (drafts.isascii() and drafts.isdecimal()) or len(drafts) > 3:
         raise UsageError(
             f"speculation: cannot read {shown(text)}; give a method and 1 to {MOST_DRAFTS} drafts; examples: eagle:3, "
             "mtp:1, ngram:5, draft:MODEL:3"

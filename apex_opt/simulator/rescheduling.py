@@ -73,7 +73,7 @@ def parse_rescheduling(text: str) -> Rescheduling:
         if key in found:
             raise UsageError(f"--rescheduling: {key} is given twice")
         form, example = NUMBERS[key]
-        if re.fullmatch(form, value) is None:
+        if re.fullmatch(form, value, re.ASCII) is None:
             raise UsageError(f"--rescheduling: {part.strip()[:40]!r} cannot be read; such as {key}={example}")
         found[key] = value
     numbers: dict[str, Any] = {key: Fraction(found[key]) for key in ("out_below", "in_from") if key in found}

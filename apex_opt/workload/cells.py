@@ -165,6 +165,8 @@ def _instant(cell: object) -> int:
     except ValueError:
         raise ValueError("is not a time that exists") from None
     if sign:
+        if int(hours) > 23 or int(minutes or 0) > 59:
+            raise ValueError("is not a time that exists")
         ahead = timedelta(hours=int(hours), minutes=int(minutes or 0))
         since = since - ahead if sign == "+" else since + ahead
     return (since.days * 86_400 + since.seconds) * NS_PER_S + int((decimals or "").ljust(9, "0"))

@@ -23,7 +23,7 @@ from apex_opt.workload.cells import (
 )
 from apex_opt.workload.columns import MAX_ARRIVAL_NS, MAX_TOKENS, Ints, range_fault
 from apex_opt.workload.contents import COLUMN, Contents
-from apex_opt.workload.layouts.rows import STATED, plain
+from apex_opt.workload.layouts.rows import DELAY, STATED, plain
 from apex_opt.workload.trace import PRIORITIES, RECORDED, UNKNOWN, Trace, make_trace, media_of
 
 if TYPE_CHECKING:
@@ -216,8 +216,14 @@ class Collector:
         if session and plain(session) in self.called:
             codes = self._conversations(kept)
             self._session.append(codes[answered])
-        if not layout.arrival:
-            return
+        if layout.arrival:
+            self._arrived(places, kept, answered)
+        if self._waits:
+            self._waited(places, kept, answered)
+
+    def _arrived(self, places: list[int], kept: Callable[[str], list[Any]], answered: np.ndarray[Any, Any]) -> None:
+        """Arrivals of some rows, as far as they are told."""
+        layout = self.layout
         cells = kept(layout.arrival)
         blank = np.array([is_blank(cell) for cell in cells]) if self._waits else np.zeros(len(cells), bool)
         given = [cell for cell, none in zip(cells, blank.tolist(), strict=True) if not none]
@@ -227,21 +233,24 @@ class Collector:
             at = [places[index] for index in there] if blank.any() else places
             clock = self._clock = self._clock or self._unit(given)
             arrival[there] = times_ns(given, at, layout.arrival, clock, self.faults)
-        if self._waits:
-            delays = kept(layout.delay)
-            none = np.array([is_blank(cell) for cell in delays])
-            delay = np.full(len(cells), NONE, np.int64)
-            stated = np.flatnonzero(~none)
-            if stated.size:
-                delay[stated] = times_ns(
-                    [delays[i] for i in stated],
-                    [places[i] for i in stated],
-                    layout.delay,
-                    layout.delay_unit,
-                    self.faults,
-                )
-            self._delay.append(delay[answered])
         self._arrival.append(arrival[answered])
+
+    def _waited(self, places: list[int], kept: Callable[[str], list[Any]], answered: np.ndarray[Any, Any]) -> None:
+        """Waits of some rows, as far as they are told."""
+        layout = self.layout
+        delays = kept(layout.delay)
+        none = np.array([is_blank(cell) for cell in delays])
+        delay = np.full(len(delays), NONE, np.int64)
+        stated = np.flatnonzero(~none)
+        if stated.size:
+            delay[stated] = times_ns(
+                [delays[i] for i in stated],
+                [places[i] for i in stated],
+                layout.delay,
+                layout.delay_unit,
+                self.faults,
+            )
+        self._delay.append(delay[answered])
 
     def _unit(self, given: Sequence[Any]) -> str:
         """The unit of the arrivals: what the layout says, what the cells are, or what the user says."""
@@ -321,6 +330,7 @@ class Collector:
         if timed:
             arrival, delay = self._arrivals(every)
         if not timed and self._waits:
+            self._check_waits()
             every.append(
                 f"waits after the answer before ({self.layout.delay}) are left out of account, as the file does not "
                 "say when conversations begin"
@@ -387,6 +397,18 @@ class Collector:
                 f"{later:,} of {session.size:,} requests are later turns of conversations: they "
                 "arrive when the file says, whenever the answer before them comes"
             )
+
+    def _check_waits(self) -> None:
+        """Whether each turn that waits after an answer has one before it, in a file that tells no arrivals."""
+        delay, places = np.concatenate(self._delay), np.concatenate(self._places)
+        numbers = np.concatenate(self._session) if self._session else np.arange(delay.size)
+        begun: set[int] = set()
+        for number, place, wait in zip(numbers.tolist(), places.tolist(), delay.tolist(), strict=True):
+            if wait != NONE and self.layout.delay == DELAY and number not in begun:
+                self.faults.add(place, f"{self._called(DELAY)} of the first turn, which comes after no answer")
+            begun.add(number)
+        if self.faults.found:
+            raise self.faults.error()
 
     def _after_waits(self, arrival: Ints, session: Ints | None) -> tuple[Ints, Ints]:
         """The earliest arrivals of turns that follow an answer, as if that came at once, and how long each waits."""

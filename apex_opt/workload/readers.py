@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from contextlib import suppress
@@ -14,7 +15,7 @@ import numpy as np
 
 from apex_opt import units
 from apex_opt.errors import ApexError, InputError, UnknownNameError, UsageError, shown
-from apex_opt.files import expanded, read_text, there
+from apex_opt.files import absence, expanded, read_text, there
 from apex_opt.units import NS_PER_S
 from apex_opt.workload.cells import Faults, token_counts
 from apex_opt.workload.collect import Collector
@@ -89,6 +90,8 @@ def load_trace(spec: str, seed: int = 0, *, unit: str | None = None, block: int 
     if described:
         return describe_trace(spec, seed)
     if not there(path := expanded(spec)):
+        if os.path.islink(path):
+            raise InputError(f"trace {spec}: {absence(path)}; name the file itself")
         describe = f"or describe one, e.g. {EXAMPLES['poisson']}"
         if (kind := re.match(r"([a-z]+):", spec)) and not spec.startswith(f"{kind[1]}://"):
             hint = f"there is no such file; shipped: {', '.join(names)}; {describe}"

@@ -28,7 +28,7 @@ _MEMORY_SHARE: Final = 0.8
 _TOO_LARGE: Final = "larger than the memory that is free"
 _NEAR: Final = 0.03
 _NAME: Final = "collected"
-_SIZE: Final = re.compile(r"\d+gb")
+_SIZE: Final = re.compile(r"\d+gb", re.ASCII)
 _BOARDS: Final = ("pcie", "nvl")
 """Words of a driver that tell a board from the module with the same chip."""
 _ABOUT: Final = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from apex_opt.errors import InputError
-from apex_opt.files import check_regular, files_below, read_text, there
+from apex_opt.files import absence, check_regular, files_below, read_text, there
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +70,7 @@ def csv_files(source: Path) -> list[Path]:
     InputError      nothing there
     """
     if not there(source):
-        raise InputError(f"{source}: no such file or folder")
+        raise InputError(f"{source}: {absence(source, 'no such file or folder')}")
     if not source.is_dir():
         check_regular(source)
         return [source]
