@@ -136,7 +136,14 @@ def beside(written: Callable[[int], str], value: float, limit: float | None, sca
 
 
 def percent(share: float, limit: float | None = None, places: int = 1) -> str:
-    """A share in percent; beside a limit with as many digits as tell it from that."""
+    """A share in percent.
+
+    Parameters
+    ----------
+    share : float            from 0 to 1
+    limit : float or None    beside which it is told, with as many digits as tell it from that
+    places : int             digits behind the point, where these are enough
+    """
     return f"{beside(lambda more: f'{100 * share:.{places + more}f}', share, limit, 0.01)}%"
 
 

@@ -220,7 +220,14 @@ def seconds(value: float | None, limit: float | None = None) -> str:
 
 
 def amount(value: float | None, unit: str, limit: float | None = None) -> str:
-    """A figure in seconds, joules or another unit, as people read it; beside a limit as `seconds`."""
+    """A figure in seconds, joules or another unit, as people read it.
+
+    Parameters
+    ----------
+    value : float or None    in that unit; None is a dash
+    unit : str               s, B, J or another
+    limit : float or None    beside which it is told, as `seconds` has it
+    """
     if value is None:
         return "-"
     if unit == "s":
