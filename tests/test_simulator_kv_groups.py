@@ -258,6 +258,37 @@ def random_groups(draw: random.Random, settings: EngineSettings) -> tuple[KvGrou
     return tuple(groups) or (KvGroup(kind="full", block_size=size),)
 
 
+def long_answers(seed: int, stages: int) -> tuple[Case, tuple[KvGroup, ...], int]:
+    """Few requests with long answers over few blocks: batches are counted in stretches, and somebody waits."""
+    draw = random.Random(seed)
+    own = replace(ENGINE, max_num_seqs=draw.randrange(2, 6), block_size=draw.choice([4, 16]))
+    kinds = [draw.choice(["full", "window", "window", "chunk"]) for _ in range(draw.randrange(1, 4))]
+    size = own.block_size
+    groups = tuple(
+        KvGroup(kind="window", block_size=size * draw.choice([1, 1, 2]), window=draw.randrange(1, 50))
+        if kind == "window"
+        else KvGroup(kind="chunk", block_size=size, window=size * draw.randrange(1, 5))
+        if kind == "chunk"
+        else KvGroup(kind="full", block_size=size)
+        for kind in kinds
+    )
+    number = draw.randrange(3, 10)
+    rows = [(draw.randrange(2_000), draw.randrange(1, 60), draw.randrange(1, 150)) for _ in range(number)]
+    trace = requests(rows)
+    held = int(replace(own, kv_groups=groups).most_blocks(trace.prompt + trace.output).max())
+    laws = tuple(linear(own, 100 + stage, 3, 1) for stage in range(stages))
+    return Case(settings=own, blocks=held, laws=laws, trace=trace), groups, held + draw.randrange(held + 1)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("seeds", [range(150), pytest.param(range(150, 3000), marks=pytest.mark.nightly)])
+def test_who_waits_gets_the_blocks_that_windows_and_chunks_give_back_as_soon_as_in_the_reference(
+    seeds: range, stages: int
+) -> None:
+    for seed in seeds:
+        check_both(*long_answers(seed, stages))
+
+
 @pytest.mark.parametrize("seeds", [range(150), pytest.param(range(150, 6000), marks=pytest.mark.nightly)])
 def test_ranks_over_groups_are_the_same_in_both_implementations(seeds: range) -> None:
     for seed in seeds:
