@@ -6,12 +6,13 @@ import gzip
 import json
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from apex_opt.errors import InputError, UsageError
-from apex_opt.plans.kv_groups import KvLayer, share_pool
+from apex_opt.plans.kv_groups import KvGroup, KvLayer, Limits, share_pool
 from apex_opt.simulator import replay_case
 
 if TYPE_CHECKING:
@@ -74,6 +75,26 @@ def test_every_layer_is_in_one_group_and_a_pool_never_exceeds_its_memory(layers:
     size = max(map(len, found.groups))
     page = FULL.page_bytes if set(layers) <= {FULL, WINDOW} else STATE.page_bytes
     assert found.blocks * size * page <= memory < (found.blocks + 1) * size * page
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        KvGroup(kind="full", block_size=16),
+        *(KvGroup(kind="window", block_size=size, window=window) for size in (4, 16) for window in (1, 7, 16, 50)),
+        *(KvGroup(kind="chunk", block_size=8, window=window) for window in (8, 32)),
+        KvGroup(kind="state", block_size=256),
+    ],
+    ids=lambda group: f"{group.kind}-{group.block_size}-{group.window}",
+)
+def test_what_is_held_at_least_is_no_more_than_at_any_later_token(group: KvGroup) -> None:
+    limits = Limits(max_num_batched_tokens=64, max_model_len=512, drafts=0)
+    tokens = np.arange(1, 400)
+    held = group.held(tokens + 1, tokens, limits)
+    later = np.minimum.accumulate(held[::-1])[::-1]
+    least = group.least(tokens, limits)
+    assert (least <= later)[:300].all()
+    assert (least > 0).all()
 
 
 def test_a_case_that_cannot_be_read_is_refused_by_its_layer() -> None:
