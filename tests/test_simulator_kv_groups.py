@@ -262,16 +262,7 @@ def long_answers(seed: int, stages: int) -> tuple[Case, tuple[KvGroup, ...], int
     """Few requests with long answers over few blocks: batches are counted in stretches, and somebody waits."""
     draw = random.Random(seed)
     own = replace(ENGINE, max_num_seqs=draw.randrange(2, 6), block_size=draw.choice([4, 16]))
-    kinds = [draw.choice(["full", "window", "window", "chunk"]) for _ in range(draw.randrange(1, 4))]
-    size = own.block_size
-    groups = tuple(
-        KvGroup(kind="window", block_size=size * draw.choice([1, 1, 2]), window=draw.randrange(1, 50))
-        if kind == "window"
-        else KvGroup(kind="chunk", block_size=size, window=size * draw.randrange(1, 5))
-        if kind == "chunk"
-        else KvGroup(kind="full", block_size=size)
-        for kind in kinds
-    )
+    groups = random_groups(draw, own)
     number = draw.randrange(3, 10)
     rows = [(draw.randrange(2_000), draw.randrange(1, 60), draw.randrange(1, 150)) for _ in range(number)]
     trace = requests(rows)
